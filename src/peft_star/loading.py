@@ -271,7 +271,7 @@ def _load_gguf(path: Path, name: str, kwargs: dict[str, Any]) -> tuple[PreTraine
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if hasattr(transformers, "GgufConfig"):
-        # With a GGUF kernel installed, transformers would keep the weights packed, which cannot be merged into or saved.
+        # With a GGUF kernel installed, transformers would keep the weights packed: nothing to merge into or to save.
         kwargs = {**kwargs, "quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
