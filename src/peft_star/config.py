@@ -265,6 +265,4 @@ class StarConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; sets become sorted lists, so that saved files are reproducible."""
-        return {
-            key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()
-        }
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,13 +38,23 @@ def _matches(target_modules: set[str], name: str) -> bool:
     return name in target_modules or any(name.endswith(f".{target}") for target in target_modules)
 
 
-def _condense(targets: list[str], key_list: list[str]) -> set[str]:
-    """Return the shortest suffixes that match just `targets` among `key_list`, or `targets` when there are none."""
+def _select(targets: Iterable[str], key_list: list[str]) -> set[str] | str:
+    """Return a `target_modules` that selects just `targets` among `key_list`: their full names where that works."""
+    wanted = set(targets)
+    if all(_matches(wanted, key) == (key in wanted) for key in key_list):
+        return wanted
+    # a full name is the end of another full name, so only a regex is exact
+    return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _condense(targets: Iterable[str], key_list: list[str]) -> set[str] | None:
+    """Return the shortest suffixes that select just `targets` among `key_list`, or None when there are none."""
     wanted = set(targets)
     condensed = _find_minimal_target_modules(wanted, [key for key in key_list if key not in wanted])
-    if all(_matches(condensed, key) == (key in wanted) for key in key_list):
+    # PEFT does not apply `layers_to_transform` to full names, so these do not count as suffixes
+    if condensed.isdisjoint(wanted) and all(_matches(condensed, key) == (key in wanted) for key in key_list):
         return condensed
-    return wanted
+    return None
 
 
 def _record_counts(config: StarConfig, counts: dict[str, int]) -> None:
@@ -104,19 +114,25 @@ class StarModel(BaseTuner):
             return peft_config
 
         targets = list(structure.find_second_matrices(self.model))
-        condensed = _condense(targets, _own_key_list(self.model))
-        if condensed == set(targets) and peft_config.layers_to_transform is not None:
-            # PEFT does not apply `layers_to_transform` to full names, so it is applied here
+        key_list = _own_key_list(self.model)
+        condensed = _condense(targets, key_list)
+        if condensed is not None:
+            peft_config.target_modules = condensed
+            return peft_config
+
+        if peft_config.layers_to_transform is not None:
             indices = peft_config.layers_to_transform
             indices = {indices} if isinstance(indices, int) else set(indices)
-            if indices:
-                condensed = {name for index, name in enumerate(targets) if index in indices}
-            if not condensed:
+            chosen = [name for index, name in enumerate(targets) if index in indices or not indices]
+            if not chosen:
                 raise ValueError(
                     f"`layers_to_transform`={peft_config.layers_to_transform} names none of the {len(targets)} layers "
                     "with an FFN. Please specify `target_modules` in `peft_config` or other layers."
                 )
-        peft_config.target_modules = condensed
+            targets = chosen
+            # it has been applied, and PEFT would not apply it to full names
+            peft_config.layers_to_transform = peft_config.layers_pattern = None
+        peft_config.target_modules = _select(targets, key_list)
         return peft_config
 
     def _create_and_replace(
@@ -265,19 +281,14 @@ class StarModel(BaseTuner):
         _record_counts(config, {_plain_name(name): indices.numel() for name, indices in checked.items()})
         self.targeted_module_names = list(self._star_layers())
 
-    def _exact_target_modules(self, config: StarConfig, names: dict[str, torch.Tensor]) -> set[str] | str:
-        """Return a `target_modules` that matches just `names`, as PEFT will match it on loading."""
-        plain_names = {_plain_name(name) for name in names}
-        key_list = [_plain_name(key) for key in _own_key_list(self.model)]
-        target_modules: set[str] | str = plain_names
-        if any(_matches(plain_names, key) != (key in plain_names) for key in key_list):
-            # a full name is the end of another full name, so only a regex is exact
-            target_modules = "|".join(re.escape(name) for name in sorted(plain_names))
+    def _exact_target_modules(self, config: StarConfig, names: Iterable[str]) -> set[str] | str:
+        """Return a `target_modules` that selects just `names`, as PEFT will match it on loading."""
+        plain_names = [_plain_name(name) for name in names]
         for module_name in config.modules_to_save or []:
             for name in plain_names:
                 if re.match(rf"(^|.*\.){module_name}($|\..*)", name):
                     raise ValueError(f"Module {name!r} cannot be patched, as it is one of `modules_to_save`.")
-        return target_modules
+        return _select(plain_names, [_plain_name(key) for key in _own_key_list(self.model)])
 
     def _remove_from_layer(self, name: str, layer: StarLayer, adapter_name: str) -> None:
         # not layer.delete_adapter: the adapter goes on to exist in other layers, so it stays active in this one
