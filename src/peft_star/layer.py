@@ -111,6 +111,8 @@ class StarLayer(BaseTunerLayer):
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
 
+        # flag to enable/disable casting of input to weight dtype during forward call
+        self.cast_input_dtype_enabled: bool = True
         # Mark the weight as unmerged
         self._disable_adapters = False
         self.merged_adapters = []
