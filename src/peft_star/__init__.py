@@ -1,9 +1,31 @@
+"""Repair language models: locate buggy neurons, solve neuron patches, share them as PEFT adapters (STAR)."""
+
 from .registration import register
 
 register()
 
+from .arguments import RepairArguments  # noqa: E402
+from .callbacks import RepairCallback, RepairState  # noqa: E402
 from .config import StarConfig  # noqa: E402
 from .layer import Linear, StarLayer  # noqa: E402
 from .model import StarModel  # noqa: E402
+from .patch import PriorGuidedSGD  # noqa: E402
+from .repair import RepairInterrupted, prepare, repair  # noqa: E402
+from .report import RepairReport  # noqa: E402
 
-__all__ = ["Linear", "StarConfig", "StarLayer", "StarModel"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "Linear",
+    "PriorGuidedSGD",
+    "RepairArguments",
+    "RepairCallback",
+    "RepairInterrupted",
+    "RepairReport",
+    "RepairState",
+    "StarConfig",
+    "StarLayer",
+    "StarModel",
+    "prepare",
+    "repair",
+]

@@ -1,0 +1,87 @@
+"""The settings of one repair run; what a patch *is* (layers, neurons) lives in `StarConfig`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MODES = ("multiple", "single")
+NORMS = ("std", "rms", "max", "l2")
+OCCLUSIONS = ("first-order", "exact")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _finite(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` is {value!r}; give a number.")
+    if not math.isfinite(value) or value <= above or value < at_least or value >= below:
+        bounds = [f"greater than {above:g}"] if above > -math.inf else []
+        bounds += [f"at least {at_least:g}"] if at_least > -math.inf else []
+        bounds += [f"less than {below:g}"] if below < math.inf else []
+        raise ValueError(f"`{name}` is {value!r}; give a finite number {' and '.join(bounds)}.".replace(" .", "."))
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` is {value!r}; give a whole number of at least 1.")
+    if value < 1:
+        raise ValueError(f"`{name}` is {value}; give a whole number of at least 1.")
+
+
+@dataclass
+class RepairArguments:
+    """How [`repair`] runs.
+
+    Args:
+        learning_rate (`float`): The factor of Algorithm 1 (paper section 3.3): each step moves a parameter by
+            `learning_rate` times the prior's magnitude.
+        max_steps (`int`): At most this many steps for one set of failures (paper section 4.4: 10).
+        mode (`str`): `"multiple"` solves all failures together with one prior; `"single"` solves them one after the
+            other, each with a prior of its own (paper section 4, RQ1).
+        norm (`str`): The `norm` of equation 1, per vector: `"std"` (unit standard deviation), `"rms"` (the root mean
+            square of the hidden state that enters the final norm: the patch scales with the model's own
+            representations), `"max"` (largest entry 1) or `"l2"` (unit length).
+        ridge (`float`): Ridge of the least squares (equation 2), relative to the mean of the system's diagonal.
+        margin (`float`): A token counts as solved when its probability exceeds that of every other token by more than
+            this; a little above 0 keeps it solved under the rounding of other batch shapes.
+        occlusion (`str`): How a layer's importance is measured: `"first-order"` reads it off the trace,
+            `"exact"` runs one forward pass per layer with that layer skipped (paper section 3.1).
+        max_rounds (`int`): In `"single"` mode, how often failures that a later patch undid are taken up again.
+        max_batch_tokens (`int`): Tokens (padding included) of one forward-backward.
+        verify_generation (`bool`): Also generate greedily before and after, and compare with the completions.
+        disable_tqdm (`bool`): No progress bars.
+
+    Raises:
+        ValueError, TypeError: One sentence that names the argument and says what to give instead.
+    """
+
+    learning_rate: float = field(default=1e-2, metadata={"help": "Step factor of Algorithm 1."})
+    max_steps: int = field(default=10, metadata={"help": "At most this many steps per set of failures."})
+    mode: str = field(default="multiple", metadata={"help": "'multiple' or 'single'."})
+    norm: str = field(default="std", metadata={"help": "Norm of the semantic delta (equation 1)."})
+    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares (equation 2)."})
+    margin: float = field(default=0.01, metadata={"help": "Probability margin at which a token counts as solved."})
+    occlusion: str = field(default="first-order", metadata={"help": "'first-order' or 'exact'."})
+    max_rounds: int = field(default=3, metadata={"help": "Rounds over the failures in 'single' mode."})
+    max_batch_tokens: int = field(default=2048, metadata={"help": "Tokens of one forward-backward."})
+    verify_generation: bool = field(default=True, metadata={"help": "Compare greedy generation before and after."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+
+    def __post_init__(self) -> None:
+        _finite("learning_rate", self.learning_rate, above=0)
+        _finite("ridge", self.ridge, at_least=0)
+        _finite("margin", self.margin, at_least=0, below=1)
+        for name in ("max_steps", "max_rounds", "max_batch_tokens"):
+            _count(name, getattr(self, name))
+        _choice("mode", self.mode, MODES)
+        _choice("norm", self.norm, NORMS)
+        _choice("occlusion", self.occlusion, OCCLUSIONS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types."""
+        return asdict(self)

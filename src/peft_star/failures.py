@@ -1,0 +1,213 @@
+"""Failures: prompt-completion rows, the tokens generation would have to produce, and the medium tokens.
+
+Row format is TRL's prompt-completion: both strings, or both lists of chat messages. Position `p` of a row is a *medium
+token* when the model's argmax for `p + 1` differs from the expected token (paper section 2.1 and 3.2); that is one
+failure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("prompt", "completion")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised row: generation starts after `prompt_ids` and is right when it yields `completion_ids`."""
+
+    index: int
+    prompt: str
+    completion: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.completion_ids
+
+    @property
+    def medium_positions(self) -> range:
+        """Positions whose next token is a completion token."""
+        return range(len(self.prompt_ids) - 1, len(self.prompt_ids) + len(self.completion_ids) - 1)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file of prompt-completion rows.
+
+    Raises:
+        FileNotFoundError, ValueError: One sentence with the file and line that is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give a JSON Lines file of rows with 'prompt' and 'completion'.")
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); write one object a line.") from None
+        validate_row(row, f"{path}, line {number}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no rows; write one object with 'prompt' and 'completion' a line.")
+    return rows
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _check_messages(messages: Sequence[Any], where: str, column: str) -> None:
+    if not messages:
+        raise ValueError(f"{where}: '{column}' has no messages.")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"{where}: '{column}' holds {message!r}; a chat message has 'role' and 'content'.")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"{where}: a message's 'content' in '{column}' must be text.")
+
+
+def validate_row(row: Any, where: str) -> None:
+    """Check one row's columns and types.
+
+    Raises:
+        ValueError: One sentence that starts with `where`.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found {type(row).__name__}; a row is an object with 'prompt' and 'completion'.")
+    missing = [column for column in COLUMNS if column not in row]
+    unknown = sorted(set(map(str, row)) - set(COLUMNS))
+    if missing:
+        had = f" (it has {', '.join(map(repr, sorted(map(str, row))))})" if row else ""
+        raise ValueError(f"{where}: column {' and '.join(map(repr, missing))} is missing{had}.")
+    if unknown:
+        raise ValueError(f"{where}: unknown column {', '.join(map(repr, unknown))}; remove it or rename it.")
+    prompt, completion = row["prompt"], row["completion"]
+    if _is_chat(prompt) != _is_chat(completion):
+        raise ValueError(f"{where}: 'prompt' and 'completion' must both be text or both be lists of chat messages.")
+    if _is_chat(prompt):
+        _check_messages(prompt, where, "prompt")
+        _check_messages(completion, where, "completion")
+        if not any(message["content"] for message in completion):
+            raise ValueError(f"{where}: 'completion' is empty; there is nothing to repair towards.")
+        return
+    for column in COLUMNS:
+        if not isinstance(row[column], str):
+            raise ValueError(f"{where}: '{column}' is {type(row[column]).__name__}; it must be text.")
+    if not completion:
+        raise ValueError(f"{where}: 'completion' is empty; there is nothing to repair towards.")
+    if not prompt:
+        raise ValueError(f"{where}: 'prompt' is empty; generation needs at least one token to start from.")
+
+
+def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | None = None, *, name: str = "row"):
+    """Tokenise rows into exactly the tokens that generation would have to produce after the prompt's own tokens.
+
+    The prompt is tokenised alone, as at inference. The completion's tokens are those that, appended to the prompt's,
+    decode to prompt + completion; a chat completion ends where generation would stop (the first end-of-sequence
+    token).
+
+    Args:
+        rows: prompt-completion rows (dicts or a `datasets.Dataset`).
+        tokenizer: A transformers tokenizer.
+        max_length: The model's context in tokens; None: unlimited.
+        name: What a row is called in messages.
+
+    Returns:
+        `list[Row]`
+
+    Raises:
+        ValueError: A row is malformed, has no tokens, or is longer than `max_length`.
+    """
+    encoded = []
+    for index, row in enumerate(rows):
+        where = f"{name} {index}"
+        validate_row(row, where)
+        if _is_chat(row["prompt"]):
+            prompt, completion, prompt_ids, completion_ids = _encode_chat(row, tokenizer, where)
+        else:
+            prompt, completion = row["prompt"], row["completion"]
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            # some tokenizers close every text with an end token, which would end the prompt as well
+            if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+                prompt_ids = prompt_ids[:-1]
+            completion_ids = _completion_ids(prompt, completion, list(prompt_ids), tokenizer)
+        if not prompt_ids or not completion_ids:
+            empty = "prompt" if not prompt_ids else "completion"
+            raise ValueError(f"{where}: the {empty} has no tokens; give it some text.")
+        item = Row(index, prompt, completion, tuple(prompt_ids), tuple(completion_ids))
+        if max_length is not None and len(item) > max_length:
+            raise ValueError(
+                f"{where}: {len(item)} tokens (prompt {len(prompt_ids)}, completion {len(completion_ids)}) exceed the "
+                f"model's context of {max_length}; shorten it."
+            )
+        encoded.append(item)
+    if not encoded:
+        raise ValueError(f"There is no {name} to work on; give at least one row with 'prompt' and 'completion'.")
+    return encoded
+
+
+def _decode(tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _completion_ids(prompt: str, completion: str, prompt_ids: list[int], tokenizer) -> list[int]:
+    """Tokens that continue `prompt_ids` and spell `completion`; tokens merged across the boundary are taken apart."""
+    base = _decode(tokenizer, prompt_ids)
+
+    def spells(ids: list[int]) -> bool:
+        return bool(ids) and _decode(tokenizer, prompt_ids + ids) == base + completion
+
+    whole = tokenizer(prompt + completion, add_special_tokens=True)["input_ids"]
+    if whole and whole[-1] == tokenizer.eos_token_id and not completion.endswith(tokenizer.eos_token):
+        whole = whole[:-1]
+    if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
+        return whole[len(prompt_ids) :]
+    alone = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    if spells(alone):
+        return alone
+    # SentencePiece opens a text with a space of its own: tokenise behind an anchor that does not merge
+    for anchor in ("\n", "a", ".", "("):
+        anchor_ids = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+        anchored = tokenizer(anchor + completion, add_special_tokens=False)["input_ids"]
+        if anchored[: len(anchor_ids)] == anchor_ids and spells(anchored[len(anchor_ids) :]):
+            return anchored[len(anchor_ids) :]
+    # tokenizers that normalise text (lower-case, accents) never decode to the very same string
+    return alone
+
+
+def _encode_chat(row: dict[str, Any], tokenizer, where: str):
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{where}: chat messages need a chat template, and this tokenizer has none; give text instead.")
+    prompt_text = tokenizer.apply_chat_template(list(row["prompt"]), tokenize=False, add_generation_prompt=True)
+    whole_text = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+    if not whole_text.startswith(prompt_text):
+        raise ValueError(
+            f"{where}: the chat template does not render the completion as a continuation of the prompt; "
+            "give prompt and completion as text instead."
+        )
+    completion_text = whole_text[len(prompt_text) :]
+    prompt_ids = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+    whole_ids = tokenizer(whole_text, add_special_tokens=False)["input_ids"]
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        completion_ids = whole_ids[len(prompt_ids) :]
+    else:
+        completion_ids = tokenizer(completion_text, add_special_tokens=False)["input_ids"]
+    # generation stops at the end of the turn; what the template writes behind it is never generated
+    if tokenizer.eos_token_id in completion_ids:
+        completion_ids = completion_ids[: completion_ids.index(tokenizer.eos_token_id) + 1]
+    return prompt_text, completion_text, prompt_ids, completion_ids

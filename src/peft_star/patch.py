@@ -1,0 +1,206 @@
+"""Patching "buggy neurons": gradient descent with prior guidance (paper section 3.3, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .batch import Batch, completion_logits
+from .trace import Predictions, empty_predictions, fill_predictions
+
+
+class PriorGuidedSGD(torch.optim.Optimizer):
+    """Gradient descent with prior guidance (Algorithm 1): the gradient's sign, the prior's magnitude.
+
+    With gradient G and prior W_Δ of a parameter, `u = W_Δ ⊙ sign(G) ⊙ sign(W_Δ) = |W_Δ| ⊙ sign(G)` and the parameter
+    becomes `W − lr · u`.
+
+    The prior of a parameter is, in this order: `priors[param]`, its group's `"prior"` (groups of one parameter), or the
+    attribute `param.star_prior` that [`prepare`] sets on the deltas of a STAR adapter. A parameter without a prior
+    has magnitude 1 everywhere, which makes the update sign descent.
+
+    Args:
+        params: Parameters or parameter groups, as for every PyTorch optimiser.
+        lr (`float`): The factor η.
+        priors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*): Priors by parameter, each of its parameter's shape.
+
+    Raises:
+        ValueError: `lr` is not a positive number, or a prior has another shape than its parameter.
+
+    Example:
+
+    ```python
+    >>> peft_star.prepare(model, tokenizer, failures)  # locates neurons, solves priors
+    >>> optimizer = PriorGuidedSGD((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    >>> trainer = Trainer(model, ..., optimizers=(optimizer, None))
+    ```
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-2,
+        priors: Mapping[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        if not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
+            raise ValueError(f"`lr` is {lr!r}; give a finite number greater than 0.")
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            own = group.pop("prior", None)
+            if own is not None and len(group["params"]) != 1:
+                raise ValueError("A parameter group with a 'prior' must hold exactly one parameter.")
+            for param in group["params"]:
+                prior = priors.get(param) if priors is not None else None
+                self._set_prior(param, next((p for p in (prior, own) if p is not None), None))
+
+    def _set_prior(self, param: torch.Tensor, prior: torch.Tensor | None) -> None:
+        prior = prior if prior is not None else getattr(param, "star_prior", None)
+        if prior is None:
+            return
+        if prior.shape != param.shape:
+            raise ValueError(f"A prior of shape {tuple(prior.shape)} does not fit a parameter of {tuple(param.shape)}.")
+        # Algorithm 1 reads nothing of the prior but its magnitude
+        self.state[param]["prior"] = prior.detach().abs().to(param.device, param.dtype)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of Algorithm 1; parameters without a gradient stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if "prior" not in self.state[param]:
+                    self._set_prior(param, None)
+                sign = param.grad.sign()
+                prior = self.state[param].get("prior")
+                param.sub_((sign if prior is None else sign * prior).to(param.dtype), alpha=group["lr"])
+        return loss
+
+
+@dataclass
+class PatchOutcome:
+    """How patching one set of failures ended: `steps` taken and the predictions (S) of the state that was kept."""
+
+    steps: int
+    predictions: Predictions
+    solved: bool
+
+
+def patch_neurons(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    deltas: Sequence[nn.Parameter],
+    gradients: Sequence[torch.Tensor] | None,
+    medium: torch.Tensor,
+    right_before: torch.Tensor,
+    *,
+    learning_rate: float,
+    max_steps: int,
+    margin: float,
+    retain: Callable[[], Sequence[tuple[Batch, torch.Tensor]]] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> PatchOutcome:
+    """Algorithm 1 on the located neurons' deltas, stopping as soon as every failure is solved and nothing is broken.
+
+    A token of the same rows that was right and breaks on the way joins the loss until it is right again. When the
+    steps run out, the best state on the way is kept: most failures solved, then fewest tokens broken.
+
+    Args:
+        model: The causal LM; nothing but `deltas` needs a gradient.
+        batches: The rows; their slots index `right_before` (S).
+        deltas: The patched layers' deltas, each with a `star_prior`.
+        gradients: ∂L/∂delta of the trace, for a first step without another pass; None: computed.
+        medium: Slots (n) of the failures.
+        right_before: Which of the S completion tokens are right before the patch.
+        learning_rate, max_steps, margin: See [`RepairArguments`].
+        retain: Called once the failures are solved; gives retained batches with a mask (N) of tokens that broke.
+        on_step: Called with the step, the failures solved, and the loss.
+    """
+    optimizer = PriorGuidedSGD(deltas, lr=learning_rate)
+    is_medium = torch.zeros_like(right_before)
+    is_medium[medium] = True
+    best: tuple[tuple[int, int], list[torch.Tensor], Predictions, int] | None = None
+    if gradients is None:
+        optimizer.zero_grad()
+        _forward_backward(model, batches, is_medium, right_before, empty_predictions(right_before.numel()))
+    else:
+        for delta, gradient in zip(deltas, gradients):
+            delta.grad = gradient.to(delta.device, delta.dtype)
+    for step in range(1, max_steps + 1):
+        optimizer.step()
+        optimizer.zero_grad()
+        predictions = empty_predictions(right_before.numel())
+        loss = _forward_backward(model, batches, is_medium, right_before, predictions, margin, step < max_steps)
+        solved = predictions.solved(margin)
+        broken = right_before & ~predictions.right
+        done = bool(solved[medium].all()) and not broken.any()
+        harmed = 0
+        if done and retain is not None:
+            hurt = [(batch, mask) for batch, mask in retain() if mask.any()]
+            harmed = sum(int(mask.sum()) for _, mask in hurt)
+            done = not hurt
+            if hurt and step < max_steps:
+                for batch, mask in hurt:
+                    _cross_entropy(model, batch, mask).backward()
+                _forward_backward(model, batches, is_medium, right_before, empty_predictions(len(right_before)))
+        score = int(predictions.right[medium].sum()), -int(broken.sum()) - harmed
+        if best is None or score > best[0] or done:
+            best = score, [delta.detach().clone() for delta in deltas], predictions, step
+        if on_step is not None:
+            on_step(step, int(solved[medium].sum()), loss)
+        if done:
+            break
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for delta, kept in zip(deltas, best[1]):
+            delta.copy_(kept)
+    return PatchOutcome(step, best[2], done)
+
+
+def _cross_entropy(model: nn.Module, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
+    logits = completion_logits(model, batch)
+    chosen = chosen.to(logits.device)
+    return F.cross_entropy(logits[chosen].float(), batch.expected.to(logits.device)[chosen], reduction="sum")
+
+
+def _forward_backward(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    is_medium: torch.Tensor,
+    right_before: torch.Tensor,
+    predictions: Predictions,
+    margin: float | None = None,
+    backward: bool = True,
+) -> float:
+    """Fill `predictions`, and accumulate the gradient of the loss over the failures and the broken tokens.
+
+    A batch whose failures are all solved and whose other tokens are whole is not differentiated: it has nothing to ask
+    for, and comes back when a later step undoes it. `margin` None: differentiate every batch. Returns the loss.
+    """
+    total = 0.0
+    for batch in batches:
+        slots = batch.slots.cpu()
+        with torch.set_grad_enabled(backward):
+            logits = completion_logits(model, batch)
+        fill_predictions(predictions, batch, logits.detach())
+        broken = (right_before & ~predictions.right)[slots]
+        chosen = is_medium[slots] | broken
+        if chosen.any():
+            chosen = chosen.to(logits.device)
+            with torch.set_grad_enabled(backward):
+                loss = F.cross_entropy(
+                    logits[chosen].float(), batch.expected.to(logits.device)[chosen], reduction="sum"
+                )
+            total += loss.item()
+            wanting = margin is None or (is_medium & ~predictions.solved(margin))[slots].any() or broken.any()
+            if backward and wanting:
+                loss.backward()
+    return total

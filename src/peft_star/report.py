@@ -1,0 +1,299 @@
+"""The report of a repair: what failed, what the patch did, what broke, and where it sits."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+CONTEXT_CHARACTERS = 40
+
+
+@dataclass
+class FailureRecord:
+    """One failing token.
+
+    Attributes:
+        row: Index of its row in the failures.
+        position: The medium token's position in the row's tokens; the expected token is at `position + 1`.
+        context: The text right before the expected token.
+        expected, before, after: The expected token and the model's argmax before and after, as text (`*_id`: ids).
+        gap_before, gap_after: p(expected) − the largest other probability.
+        solved: Whether the argmax is the expected token after the patch.
+    """
+
+    row: int
+    position: int
+    context: str
+    expected: str
+    expected_id: int
+    before: str
+    before_id: int
+    after: str
+    after_id: int
+    gap_before: float
+    gap_after: float
+    solved: bool
+
+
+@dataclass
+class RowRecord:
+    """One row, before and after.
+
+    `source` is "failures" or "retain". `exact_*`: every completion token right teacher-forced. `generated_*`: the text
+    of greedy generation, and `generation_exact_*` whether it equals the completion (None when not generated).
+    """
+
+    source: str
+    row: int
+    prompt: str
+    completion: str
+    tokens: int
+    right_before: int
+    right_after: int
+    exact_before: bool
+    exact_after: bool
+    generated_before: str | None = None
+    generated_after: str | None = None
+    generation_exact_before: bool | None = None
+    generation_exact_after: bool | None = None
+
+    @property
+    def broken(self) -> bool:
+        """Right before, by every check that was made, and wrong after."""
+        teacher_forced = self.exact_before and not self.exact_after
+        generated = bool(self.generation_exact_before) and self.generation_exact_after is False
+        return teacher_forced or generated
+
+
+@dataclass
+class BrokenToken:
+    """A token that was right before the patch and is wrong after it."""
+
+    source: str
+    row: int
+    position: int
+    context: str
+    expected: str
+    expected_id: int
+    after: str
+    after_id: int
+
+
+@dataclass
+class PatchedLayer:
+    """One patched FFN: its module, its neurons (ascending) and the Frobenius norm of its delta."""
+
+    name: str
+    neurons: list[int]
+    delta_norm: float
+
+
+def _mean(values: Sequence[float | bool]) -> float:
+    return sum(values) / len(values) if values else 1.0
+
+
+@dataclass
+class RepairReport:
+    """What [`repair`] returns.
+
+    Attributes:
+        failures: One [`FailureRecord`] per failing token found.
+        rows: One [`RowRecord`] per row, the failures' rows first, then the retained ones.
+        broken: Tokens that were right before and are wrong now.
+        layers: The patched layers with their neurons.
+        steps: Steps of Algorithm 1 taken in all.
+        seconds: Seconds by phase.
+        occlusion: Change in loss per decoder layer: `"first-order"` and, when it was measured, `"exact"` and
+            `"agreement"` of the two.
+        arguments, config: The settings of the run.
+        interrupted: The run was stopped before it was done.
+    """
+
+    failures: list[FailureRecord]
+    rows: list[RowRecord]
+    broken: list[BrokenToken]
+    layers: list[PatchedLayer]
+    steps: int
+    seconds: dict[str, float]
+    occlusion: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def num_solved(self) -> int:
+        return sum(failure.solved for failure in self.failures)
+
+    @property
+    def solved_share(self) -> float:
+        """Share of the failing tokens that are right now; 1 when there were none."""
+        return _mean([failure.solved for failure in self.failures])
+
+    @property
+    def broken_rows(self) -> list[RowRecord]:
+        return [row for row in self.rows if row.broken]
+
+    @property
+    def success(self) -> bool:
+        """Every failure solved, every failing row right by every check made, and nothing retained broken."""
+        repaired = all(
+            row.exact_after and row.generation_exact_after is not False for row in self.rows if row.source == "failures"
+        )
+        retained = not any(token.source == "retain" for token in self.broken)
+        retained = retained and not any(row.broken for row in self.rows if row.source == "retain")
+        return repaired and retained and not self.interrupted
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that a reader looks for first."""
+        rows = [row for row in self.rows if row.source == "failures"]
+        retained = [row for row in self.rows if row.source == "retain"]
+        generated = [row for row in rows if row.generation_exact_after is not None]
+        tokens = sum(row.tokens for row in rows)
+        result = {
+            "success": self.success,
+            "failures": len(self.failures),
+            "solved": self.num_solved,
+            "rows": len(rows),
+            "rows_exact_before": sum(row.exact_before for row in rows),
+            "rows_exact_after": sum(row.exact_after for row in rows),
+            "exact_match_before": sum(row.right_before for row in rows) / tokens if tokens else 1.0,
+            "exact_match_after": sum(row.right_after for row in rows) / tokens if tokens else 1.0,
+            "tokens_broken": len(self.broken),
+            "rows_broken": len(self.broken_rows),
+            "retained_rows": len(retained),
+            "retained_rows_broken": sum(row.broken for row in retained),
+            "layers": len(self.layers),
+            "neurons": sum(len(layer.neurons) for layer in self.layers),
+            "steps": self.steps,
+            "seconds": sum(self.seconds.values()),
+        }
+        if generated:
+            result["rows_generated_exact_before"] = sum(bool(row.generation_exact_before) for row in generated)
+            result["rows_generated_exact_after"] = sum(bool(row.generation_exact_after) for row in generated)
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON types, with the `summary`."""
+        return {"summary": self.summary(), **asdict(self)}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the report as JSON; the file at `path` is replaced only when the new one is complete."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> RepairReport:
+        """Read a report that [`~RepairReport.save`] wrote.
+
+        Raises:
+            ValueError: The file is not a repair report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            known = {item.name for item in fields(cls)}
+            data = {key: value for key, value in data.items() if key in known}
+            for key, kind in (
+                ("failures", FailureRecord),
+                ("rows", RowRecord),
+                ("broken", BrokenToken),
+                ("layers", PatchedLayer),
+            ):
+                data[key] = [kind(**item) for item in data[key]]
+            return cls(**data)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a repair report ({error}).") from None
+
+    def to_markdown(self, max_rows: int = 50) -> str:
+        """The report as Markdown: summary, failing tokens, what broke, the patched layers."""
+        figures = self.summary()
+        lines = [
+            f"**{figures['solved']} of {figures['failures']} failing tokens solved**, "
+            f"{figures['rows_exact_before']} → {figures['rows_exact_after']} of {figures['rows']} rows right, "
+            f"{figures['tokens_broken']} tokens broken; {figures['layers']} layers, {figures['neurons']} neurons, "
+            f"{figures['steps']} steps, {figures['seconds']:.1f} s.",
+            "",
+        ]
+        if self.interrupted:
+            lines += ["The run was interrupted; this is what was finished.", ""]
+        if self.failures:
+            lines += ["| row | context | expected | before | after | gap |", "| --- | --- | --- | --- | --- | --- |"]
+            for item in self.failures[:max_rows]:
+                mark = "" if item.solved else " ✗"
+                lines.append(
+                    f"| {item.row} | {_code(item.context)} | {_code(item.expected)} | {_code(item.before)} | "
+                    f"{_code(item.after)}{mark} | {item.gap_before:+.3f} → {item.gap_after:+.3f} |"
+                )
+            if len(self.failures) > max_rows:
+                lines.append(f"| … | {len(self.failures) - max_rows} more | | | | |")
+            lines.append("")
+        if self.broken:
+            lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
+            lines += [
+                f"| {item.source} | {item.row} | {_code(item.context)} | {_code(item.expected)} | {_code(item.after)} |"
+                for item in self.broken[:max_rows]
+            ]
+            lines.append("")
+        if self.layers:
+            lines += ["| layer | neurons | norm of the delta |", "| --- | --- | --- |"]
+            lines += [f"| `{item.name}` | {len(item.neurons)} | {item.delta_norm:.4g} |" for item in self.layers]
+            lines.append("")
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw each failing token's probability gap before and after, and the size of the patch in each layer.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        try:
+            import matplotlib
+        except ImportError:
+            raise ImportError("Plots need matplotlib; pip install 'peft-star[plot]'.") from None
+        matplotlib.use("Agg", force=False)
+        from matplotlib import pyplot as plt
+
+        shown = self.failures[:40]
+        height = max(3.0, 1.2 + 0.22 * max(len(shown), len(self.layers)))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), width_ratios=(3, 2), layout="constrained")
+        for number, item in enumerate(shown):
+            color = "tab:green" if item.solved else "tab:red"
+            left.plot([item.gap_before, item.gap_after], [number, number], color=color, alpha=0.5, zorder=1)
+            left.scatter([item.gap_before], [number], color="tab:gray", s=18, zorder=2)
+            left.scatter([item.gap_after], [number], color=color, s=18, zorder=2)
+        left.axvline(0, color="black", linewidth=0.8)
+        left.set_yticks(range(len(shown)), [_label(f"{item.row}: {item.before} → {item.expected}") for item in shown])
+        left.tick_params(axis="y", labelsize=7)
+        left.invert_yaxis()
+        left.set_xlabel("p(expected) − largest other probability: before (gray), after")
+        more = len(self.failures) - len(shown)
+        left.set_title(
+            f"{self.num_solved} of {len(self.failures)} failing tokens solved" + (f" ({more} not shown)" if more else "")
+        )
+        right.barh(range(len(self.layers)), [item.delta_norm for item in self.layers], color="tab:blue")
+        right.set_yticks(
+            range(len(self.layers)), [_label(f"{item.name} ({len(item.neurons)})", 44) for item in self.layers]
+        )
+        right.tick_params(axis="y", labelsize=7)
+        right.invert_yaxis()
+        right.set_xlabel("norm of the delta")
+        right.set_title(f"{sum(len(item.neurons) for item in self.layers)} neurons in {len(self.layers)} layers")
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def _code(text: str) -> str:
+    text = text.replace("\\", "\\\\").replace("\n", "\\n").replace("|", "\\|").replace("`", "ˋ")
+    return f"`{text}`" if text else "(none)"
+
+
+def _label(text: str, width: int = 34) -> str:
+    # matplotlib reads a pair of dollar signs as mathematics
+    text = text.replace("\n", "\\n").replace("\t", "\\t").replace("$", r"\$")
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,37 @@
+"""Solving "neuron patches": the prior by least squares (paper section 3.2, equation 2)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def solve_prior(activations: torch.Tensor, semantics: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:
+    """Equation 2 for k located neurons: `argmin_W ‖V W − S‖² + λ‖W‖²`, so that the patch steers every medium token's
+    representation by its semantic delta.
+
+    The smaller of the n x n and the k x k system is solved, in float64. The ridge is relative, λ = `ridge` x the mean
+    diagonal of the system's Gram matrix, so that scaling V changes nothing but the units of W.
+
+    Args:
+        activations (`torch.Tensor`): V, the neurons' activations at the medium tokens, shape (n, k).
+        semantics (`torch.Tensor`): S, the semantic deltas, shape (n, d).
+        ridge (`float`): Relative ridge.
+
+    Returns:
+        `torch.Tensor`: The prior W_Δ in the layout of `star_delta`, float64, shape (k, d). Neurons silent at every
+        medium token get zeros.
+    """
+    v, s = activations.double(), semantics.to(activations.device, torch.float64)
+    if v.ndim != 2 or s.ndim != 2 or v.shape[0] != s.shape[0]:
+        raise ValueError(f"activations {tuple(v.shape)} and semantics {tuple(s.shape)} must be (n, k) and (n, d).")
+    n, k = v.shape
+    wide = n <= k
+    gram = v @ v.T if wide else v.T @ v
+    scale = gram.diagonal().mean()
+    if scale == 0:
+        return torch.zeros(k, s.shape[1], dtype=torch.float64, device=v.device)
+    gram.diagonal().add_(scale * max(ridge, 1e-12))
+    factor, info = torch.linalg.cholesky_ex(gram)
+    right = s if wide else v.T @ s
+    solution = torch.cholesky_solve(right, factor) if info.item() == 0 else torch.linalg.pinv(gram) @ right
+    return v.T @ solution if wide else solution
