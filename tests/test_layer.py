@@ -368,7 +368,8 @@ def test_selection_before_any_repair_is_even_deterministic_and_nameless():
     torch.manual_seed(1)
     second = make_layer(num_neurons=5, name="another").star_neurons["another"]
     assert torch.equal(first, second)
-    assert first.tolist() == [0, 2, 4, 7, 9]
+    assert first.tolist() == [1, 3, 6, 8, 10]
+    assert make_layer(num_neurons=1).star_neurons["default"].tolist() == [WIDTH // 2]
 
 
 @given(width=st.integers(1, 300), data=st.data())

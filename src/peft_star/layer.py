@@ -37,8 +37,12 @@ def resolve_num_neurons(num_neurons: int | float, in_features: int, name: str = 
 
 
 def spread_neurons(num_neurons: int, in_features: int) -> torch.Tensor:
-    """Return `num_neurons` indices (k,) spread evenly over `range(in_features)`: the selection before any repair."""
-    return (torch.arange(num_neurons, dtype=torch.int64) * in_features // num_neurons).to(INDEX_DTYPE)
+    """Return `num_neurons` indices (k,) spread evenly over `range(in_features)`: the selection before any repair.
+
+    The range is cut into k parts of equal size, and the middle of each part is taken.
+    """
+    odd = 2 * torch.arange(num_neurons, dtype=torch.int64) + 1
+    return (odd * in_features // (2 * num_neurons)).to(INDEX_DTYPE)
 
 
 def check_neurons(neurons: torch.Tensor, in_features: int, name: str) -> torch.Tensor:
