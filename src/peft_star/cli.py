@@ -1,0 +1,360 @@
+"""The command `peft-star`.
+
+Messages, tables and progress go to standard error; standard output carries the one JSON document of `--json`, and
+nothing else. Exit codes: 0 done, 1 done but not everything was repaired, 2 bad input, 130 interrupted.
+"""
+
+# Nothing that takes long to import is imported here: `--help` and a mistyped option are answered at once.
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .console import format_size, print_report, progress, quiet, status, stderr_console
+from .loading import REPORT_NAME, find_patch, load_model, load_patch, read_patch_config, read_patch_modules
+from .output import bytes_of, check_output, new_directory, save_patch
+
+EXIT_OK, EXIT_UNSOLVED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="peft-star",
+    help="Repair language models with sparse neuron patches (STAR), and share the patches as PEFT adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a local directory, or a local .gguf file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds, once the new is complete.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Where to load MODEL: auto, cuda, cpu ...  [default: cpu]", show_default=False)
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")]
+Token = Annotated[str | None, typer.Option(help="Access token for the Hub (or set HF_TOKEN).", show_default=False)]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    app(args=args, prog_name="peft-star")
+
+
+def _fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
+    stderr_console().print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose bad input ends in one sentence and exit code 2 instead of a traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # whoever read our output went away
+        except (ValueError, OSError, ImportError) as error:
+            if os.environ.get("PEFT_STAR_DEBUG"):
+                raise
+            _fail(" ".join(str(error).split()) or type(error).__name__)
+        except KeyboardInterrupt:
+            _fail("Interrupted; nothing was written.", EXIT_INTERRUPTED)
+
+    return wrapper
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(f"peft-star {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+@_command
+def repair(
+    model: Model,
+    failures: Annotated[
+        Path, typer.Argument(metavar="FAILURES.jsonl", help='One {"prompt": ..., "completion": ...} a line.')
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PATCH", help="Directory for the patch.")],
+    retain: Annotated[
+        Path | None, typer.Option(metavar="RETAIN.jsonl", help="Rows of the same form that must stay right.")
+    ] = None,
+    neurons: Annotated[
+        str, typer.Option(help="Neurons in each patched layer: a number, or a share such as 0.1.")
+    ] = "64",
+    layers: Annotated[
+        str, typer.Option(help="Layers: a share such as 0.5, a number, 'all', or indices such as 3,7,9.")
+    ] = "0.5",
+    neuron_pattern: Annotated[
+        str, typer.Option(help="Rank neurons within each layer (layer-wise) or over all of them (model-wise).")
+    ] = "layer-wise",
+    mode: Annotated[str, typer.Option(help="multiple: one prior for all failures; single: one after the other.")] = (
+        "multiple"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(help="At most this many steps.  [default: 10]", show_default=False)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: 0.01]", show_default=False)] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Norm of the semantic delta.  [default: std]", show_default=False)
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Lead in probability at which a token counts as solved.", show_default=False),
+    ] = None,
+    no_generate: Annotated[
+        bool, typer.Option("--no-generate", help="Check tokens only; do not also generate before and after.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    token: Token = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Also upload the patch to this repository on the Hub.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Find where MODEL fails, patch the neurons that cause it, verify, and save the patch.
+
+    Exits with 0 when every failure is solved and nothing retained broke, and with 1 when not.
+    """
+    from .failures import read_rows
+
+    selection = {**_parse_layers(layers), "num_neurons": _parse_amount("--neurons", neurons)}
+    check_output(output, overwrite, "adapter_config.json", inputs=(failures, retain, model))
+    rows = read_rows(failures)
+    retained = read_rows(retain) if retain else None
+    if push_to_hub:
+        _check_repo_id(push_to_hub)
+
+    from peft import get_peft_model
+
+    from . import RepairArguments, RepairInterrupted, StarConfig
+    from . import repair as run_repair
+
+    given = {"max_steps": steps, "learning_rate": lr, "norm": norm, "margin": margin}
+    arguments = RepairArguments(
+        mode=mode,
+        verify_generation=not no_generate,
+        disable_tqdm=True,  # the progress shown is this module's own
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    config = StarConfig(task_type="CAUSAL_LM", neuron_pattern=neuron_pattern, **selection)
+
+    base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
+    with quiet():
+        patched = get_peft_model(base, config)
+    interrupted = False
+    with progress(as_json) as callback, quiet():
+        try:
+            report = run_repair(patched, tokenizer, rows, arguments, retain=retained, callbacks=[callback])
+        except RepairInterrupted as error:
+            report, interrupted = error.report, True
+    size = save_patch(patched, report, output)
+
+    result = {**report.to_dict(), "patch": str(output), "bytes": size, "pushed_to": None}
+    if not as_json:
+        print_report(report, stderr_console())
+        stderr_console().print(f"Patch saved to {escape(str(output))} ({format_size(size)}).", soft_wrap=True)
+    if interrupted:
+        _finish(result, as_json)
+        _fail(f"Interrupted; what was finished is in {output}.", EXIT_INTERRUPTED)
+    if push_to_hub:
+        result["pushed_to"] = _push(output, push_to_hub, token)
+        stderr_console().print(f"Pushed to {escape(result['pushed_to'])}", soft_wrap=True)
+    _finish(result, as_json)
+    if not report.success:
+        raise typer.Exit(EXIT_UNSOLVED)
+
+
+@app.command()
+@_command
+def inspect(
+    patch: Annotated[str, typer.Argument(metavar="PATCH", help="A patch's directory, or its Hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Show what PATCH touches and what its repair reported. Needs no base model."""
+    directory = find_patch(patch, revision=revision, token=token)
+    config = read_patch_config(directory)
+    modules, others = read_patch_modules(directory)
+    report = None
+    if (directory / REPORT_NAME).is_file():
+        from .report import RepairReport
+
+        report = RepairReport.load(directory / REPORT_NAME)
+    size = bytes_of(directory)
+    result = {
+        "patch": patch,
+        "base_model": config.get("base_model_name_or_path"),
+        "task_type": config.get("task_type"),
+        "neurons": sum(len(module["neurons"]) for module in modules),
+        "parameters": sum(len(module["neurons"]) * module["outputs"] for module in modules),
+        "bytes": size,
+        "modules": modules,
+        "modules_to_save": others,
+        "config": config,
+        "report": report.to_dict() if report else None,
+    }
+    if not as_json:
+        console = stderr_console()
+        console.print(f"[bold]{escape(patch)}[/], a STAR patch of {format_size(size)}", soft_wrap=True)
+        console.print(f"Base model: {escape(str(result['base_model']))}", soft_wrap=True)
+        console.print(
+            f"{len(modules)} layers, {result['neurons']} neurons, {result['parameters']} parameters"
+            + (f"; also saved: {escape(', '.join(others))}" if others else "")
+        )
+        table = Table("module", "neurons", "outputs", "norm", "largest", box=None, pad_edge=False)
+        for module in modules:
+            table.add_row(
+                escape(module["name"]),
+                str(len(module["neurons"])),
+                str(module["outputs"]),
+                f"{module['norm']:.4g}",
+                f"{module['max']:.4g}",
+            )
+        console.print(table)
+        if report:
+            print_report(report, console, layers=False)
+        else:
+            console.print("No repair report.")
+    _finish(result, as_json)
+
+
+@app.command()
+@_command
+def merge(
+    model: Model,
+    patches: Annotated[list[str], typer.Argument(metavar="PATCH...", help="Patches, applied in this order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the merged model.")],
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    token: Token = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL with PATCHes merged into its weights, as a full model that needs neither peft nor peft_star."""
+    directories = [find_patch(patch, token=token) for patch in patches]
+    for directory in directories:
+        read_patch_config(directory)
+    check_output(output, overwrite, "config.json", inputs=(model, *directories))
+    base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
+    for number, directory in enumerate(directories):
+        patched = load_patch(base, directory, f"patch{number}")
+        base = patched.merge_and_unload(safe_merge=True)
+    with status("Saving", as_json), new_directory(output) as temporary, quiet():
+        base.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    size = bytes_of(output)
+    if not as_json:
+        count = f"{len(patches)} patch{'es' if len(patches) > 1 else ''}"
+        stderr_console().print(f"Merged {count}: {escape(str(output))} ({format_size(size)}).", soft_wrap=True)
+    _finish({"model": model, "patches": patches, "output": str(output), "bytes": size}, as_json)
+
+
+@app.command()
+@_command
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PATCH", help="Directory for the patch.")] = Path(
+        "peft-star-demo"
+    ),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Repair a real small model, SmolLM2-135M-Instruct, and show every step. Takes about a minute on a CPU."""
+    from .demo import run_demo
+
+    result = run_demo(output, overwrite=overwrite, as_json=as_json)
+    _finish(result, as_json)
+    if not result["success"]:
+        raise typer.Exit(EXIT_UNSOLVED)
+
+
+# options
+
+
+def _parse_amount(option: str, text: str) -> int | float:
+    """A count ("64") or a share ("0.1")."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if value > 0 and (kind is int or value <= 1):
+                return value
+    raise ValueError(
+        f"{option} is {text!r}; give a whole number of at least 1, or a share greater than 0 and up to 1.0."
+    )
+
+
+def _parse_layers(text: str) -> dict[str, Any]:
+    if text == "all":
+        return {"layer_selection": "all"}
+    if "," not in text:
+        try:
+            return {"num_layers": _parse_amount("--layers", text)}
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('.')}, 'all', or indices such as 3,7,9.") from None
+    try:
+        # a trailing comma tells one index from a count
+        return {"layer_selection": [int(index) for index in text.removesuffix(",").split(",")]}
+    except ValueError:
+        raise ValueError(f"--layers is {text!r}; indices are whole numbers with commas between them.") from None
+
+
+def _check_repo_id(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ValueError(
+            f"{repo!r} is no name for a repository on the Hub; give one such as you/your-patch."
+        ) from None
+
+
+def _load(model: str, as_json: bool, **kwargs: Any) -> tuple[Any, Any]:
+    with status(f"Loading {model}", as_json), quiet():
+        return load_model(model, **kwargs)
+
+
+def _push(directory: Path, repo: str, token: str | None) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=token)
+    try:
+        # as a folder: PeftModel.push_to_hub would replace the card and leave out the report
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=directory, commit_message="Upload a STAR patch")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise OSError(
+            f"The patch is saved in {directory}, but it could not be pushed to {repo}: "
+            f"{lines[-1] if lines else type(error).__name__}"
+        ) from error
+    return str(url)
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False, indent=1))
