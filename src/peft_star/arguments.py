@@ -44,8 +44,8 @@ class RepairArguments:
         mode (`str`): `"multiple"` solves all failures together with one prior; `"single"` solves them one after the
             other, each with a prior of its own (paper section 4, RQ1).
         norm (`str`): The `norm` of equation 1, per vector: `"std"` (unit standard deviation), `"rms"` (the root mean
-            square of the hidden state that enters the final norm: the patch scales with the model's own
-            representations), `"max"` (largest entry 1) or `"l2"` (unit length).
+            square of the hidden state that the patched layer hands on: a step moves a representation by the same share
+            in every layer and model), `"max"` (largest entry 1) or `"l2"` (unit length).
         ridge (`float`): Ridge of the least squares (equation 2), relative to the mean of the system's diagonal.
         margin (`float`): A token counts as solved when its probability exceeds that of every other token by more than
             this; a little above 0 keeps it solved under the rounding of other batch shapes.

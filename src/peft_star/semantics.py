@@ -83,7 +83,7 @@ def semantic_delta(
     argmax: torch.Tensor,
     expected: torch.Tensor,
     norm: str = "std",
-    representations: torch.Tensor | None = None,
+    hidden_rms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Equation 1: `s_Δ = norm(s(argmax) − s(expected))`, one row per failure.
 
@@ -91,8 +91,8 @@ def semantic_delta(
         bases: The head's semantic bases.
         argmax, expected (`torch.Tensor`): Token ids, shape (n).
         norm (`str`): `"std"`, `"rms"`, `"max"` or `"l2"`; see [`RepairArguments`].
-        representations (`torch.Tensor`): Hidden states of the medium tokens before the final norm, (n, d); needed by
-            `"rms"`.
+        hidden_rms (`torch.Tensor`): Root mean square (n) of the hidden states that the patched layer hands on at the
+            medium tokens; needed by `"rms"`.
 
     Returns:
         `torch.Tensor`: float64, shape (n, d).
@@ -105,8 +105,7 @@ def semantic_delta(
     if norm == "l2":
         return delta / delta.norm(dim=-1, keepdim=True)
     if norm == "rms":
-        if representations is None:
-            raise ValueError("norm 'rms' needs the medium tokens' hidden states.")
-        rms = representations.to(delta).square().mean(dim=-1, keepdim=True).sqrt()
-        return delta / delta.square().mean(dim=-1, keepdim=True).sqrt() * rms
+        if hidden_rms is None:
+            raise ValueError("norm 'rms' needs the medium tokens' `hidden_rms`.")
+        return delta / delta.square().mean(dim=-1, keepdim=True).sqrt() * hidden_rms.to(delta)[:, None]
     raise ValueError(f"`norm` is {norm!r}; choose one of 'std', 'rms', 'max', 'l2'.")

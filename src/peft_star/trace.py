@@ -227,8 +227,11 @@ def _backward(loss, batch: Batch, chosen, recorder: _Recorder, result: Trace, hi
     rows, positions = batch.rows[chosen.to(batch.rows.device)], batch.positions[chosen.to(batch.rows.device)]
     for name, v_all, v_gradient, o_gradient in zip(names, v, v_gradients, o_gradients):
         layer = result.layers[name]
+        # some models hand their FFN all positions of all rows in one dimension
+        v_all, v_gradient, o_gradient = (
+            tensor.detach().reshape(*batch.input_ids.shape, -1) for tensor in (v_all, v_gradient, o_gradient)
+        )
         index = rows.to(v_all.device), positions.to(v_all.device)
-        v_all = v_all.detach()
         medium = v_all[index]
         layer.activations.append(medium)
         score = (medium.float() * v_gradient[index].float()).square().sum(dim=0)

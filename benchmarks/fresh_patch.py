@@ -1,0 +1,170 @@
+"""A fresh patch for each row: failing tokens solved, right tokens broken, steps and seconds.
+
+    python benchmarks/fresh_patch.py --model MODEL --data DIR --rows 50 --json fresh_patch.json
+
+Every row of every task gets its own patch on the unpatched model, in `multiple` mode, with the package's default
+hyper-parameters unless they are given. Harm is measured on text that has nothing to do with the repair (256 tokens of
+the Apache licence): the mean KL divergence from the unpatched model. Finished rows are kept in the JSON file: an
+interrupted run goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from prompts import TASKS, few_shot_rows
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from peft_star import RepairArguments, StarConfig, repair
+from peft_star.loading import load_model
+
+SUMS = ("failures", "solved", "right", "broken", "rows_solved")
+UNRELATED = Path(__file__).parent.parent / "LICENSE"
+
+
+class Harm:
+    """KL divergence from the unpatched model on unrelated text, in nats a token."""
+
+    def __init__(self, base, tokenizer, tokens: int = 256):
+        self.ids = tokenizer(UNRELATED.read_text(), return_tensors="pt")["input_ids"][:, :tokens]
+        self.before = self._log_probabilities(base)
+
+    @torch.no_grad()
+    def _log_probabilities(self, model) -> torch.Tensor:
+        return model(input_ids=self.ids, use_cache=False).logits[0].float().log_softmax(-1)
+
+    def __call__(self, model) -> float:
+        after = self._log_probabilities(model)
+        return (self.before.exp() * (self.before - after)).sum(-1).mean().item()
+
+
+def patch_row(
+    base, tokenizer, row: dict[str, str], config: dict[str, Any], args: dict[str, Any], harm: Harm
+) -> dict[str, Any]:
+    """Patch one row on the unpatched model and take the patch off again."""
+    arguments = RepairArguments(**{"verify_generation": False, "disable_tqdm": True, **args})
+    model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", **config))
+    start = time.perf_counter()
+    report = repair(model, tokenizer, [row], arguments)
+    seconds = time.perf_counter() - start
+    divergence = harm(model) if report.failures else 0.0
+    model.unload()
+    record = report.rows[0]
+    return {
+        "failures": len(report.failures),
+        "solved": report.num_solved,
+        "right": record.right_before,
+        "broken": len(report.broken),
+        "tokens": record.tokens,
+        "rows_solved": int(report.success),
+        "steps": report.steps,
+        "seconds": seconds,
+        "kl": divergence,
+        "generation_exact": record.generation_exact_after,
+        "teacher_forced_exact": record.exact_after,
+    }
+
+
+def totals(records: list[dict[str, Any]]) -> dict[str, float]:
+    failing = [record for record in records if record["failures"]]
+    sums = {key: sum(record[key] for record in records) for key in SUMS}
+    return {
+        "rows": len(records),
+        **sums,
+        "solved_share": sums["solved"] / sums["failures"] if sums["failures"] else 1.0,
+        "broken_share": sums["broken"] / sums["right"] if sums["right"] else 0.0,
+        "steps": sum(record["steps"] for record in failing) / max(1, len(failing)),
+        "kl": sum(record["kl"] for record in failing) / max(1, len(failing)),
+        "median_seconds": sorted(record["seconds"] for record in failing)[len(failing) // 2] if failing else 0.0,
+    }
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "| task | rows | failing tokens solved | right tokens broken | rows right after | steps | KL | median s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    everything = [record for records in results.values() for record in records]
+    for name, records in [*results.items(), ("all", everything)]:
+        t = totals(records)
+        lines.append(
+            f"| {name} | {t['rows']} | {t['solved']} / {t['failures']} ({t['solved_share']:.2%}) | "
+            f"{t['broken']} / {t['right']} ({t['broken_share']:.2%}) | {t['rows_solved']} / {t['rows']} | "
+            f"{t['steps']:.2f} | {t['kl']:.4f} | {t['median_seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    import peft
+    import transformers
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def run(base, tokenizer, rows: dict[str, list], config: dict, args: dict, done: dict[str, list], save) -> None:
+    """Fill `done` (records by task) up to all rows, saving after each."""
+    harm = Harm(base, tokenizer)
+    with tqdm(total=sum(map(len, rows.values())), initial=sum(map(len, done.values())), desc="rows") as bar:
+        for task, items in rows.items():
+            records = done.setdefault(task, [])
+            for row in items[len(records) :]:
+                records.append(patch_row(base, tokenizer, row, config, args, harm))
+                save()
+                bar.update()
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_argument("--model", required=True, help="Hub id, directory or .gguf file")
+    common.add_argument("--data", type=Path, required=True, help="folder with conala/, ia32/, tldr/")
+    common.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    common.add_argument("--rows", type=int, default=50, help="rows of each task")
+    common.add_argument("--demonstrations", type=int, default=3)
+    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--json", type=Path, required=True, help="results; an existing file is gone on with")
+    return common
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--config", type=json.loads, default={}, help="StarConfig fields as JSON")
+    options.add_argument("--arguments", type=json.loads, default={}, help="RepairArguments fields as JSON")
+    given = options.parse_args()
+    set_seed(given.seed)
+    setting = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+    setting.pop("json")
+    state: dict[str, Any] = {"setting": setting, "machine": machine(), "results": {}}
+    if given.json.is_file():
+        earlier = json.loads(given.json.read_text())
+        if earlier["setting"] != setting:
+            raise SystemExit(f"{given.json} holds a run with other settings; name another file.")
+        state["results"] = earlier["results"]
+    rows = {task: few_shot_rows(given.data, task, given.rows, given.demonstrations) for task in given.tasks}
+    base, tokenizer = load_model(given.model, dtype="float32")
+    run(base, tokenizer, rows, given.config, given.arguments, state["results"], lambda: write_json(given.json, state))
+    print(table(state["results"]))
+
+
+if __name__ == "__main__":
+    main()

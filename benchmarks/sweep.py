@@ -1,0 +1,115 @@
+"""The sweep behind the default hyper-parameters: norm, learning rate, share of layers, neurons per layer.
+
+    python benchmarks/sweep.py --model MODEL --data DIR --rows 10 --json sweep.json --plot sweep.png
+
+One factor at a time around the defaults, a fresh patch for each row (see fresh_patch.py). Finished rows are kept in the
+JSON file: an interrupted run goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fresh_patch import machine, parser, run, totals, write_json
+from prompts import few_shot_rows
+from transformers import set_seed
+
+from peft_star import RepairArguments, StarConfig
+from peft_star.loading import load_model
+
+RATES = {
+    "std": (0.003, 0.01, 0.03, 0.1),
+    "rms": (0.003, 0.01, 0.03),
+    "max": (0.01, 0.1),
+    "l2": (0.01, 0.1),
+}
+LAYERS = (1, 0.1, 0.25, 0.5, 0.75, 1.0)
+NEURONS = (4, 16, 64, 256, 1.0)
+
+
+def grid() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings by name: (StarConfig fields, RepairArguments fields)."""
+    settings = {}
+    for norm, rates in RATES.items():
+        for rate in rates:
+            settings[f"norm {norm}, lr {rate:g}"] = ({}, {"norm": norm, "learning_rate": rate})
+    for layers in LAYERS:
+        settings[f"layers {layers:g}"] = ({"num_layers": layers}, {})
+    for neurons in NEURONS:
+        settings[f"neurons {neurons:g}"] = ({"num_neurons": neurons}, {})
+    settings["model-wise"] = ({"neuron_pattern": "model-wise"}, {})
+    settings["exact occlusion"] = ({}, {"occlusion": "exact"})
+    for margin in (0.0, 0.1, 0.5):
+        settings[f"margin {margin:g}"] = ({}, {"margin": margin})
+    return settings
+
+
+def table(results: dict[str, dict[str, list]]) -> str:
+    lines = [
+        "| setting | failing tokens solved | right tokens broken | rows right after | steps | KL |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, by_task in results.items():
+        t = totals([record for records in by_task.values() for record in records])
+        lines.append(
+            f"| {name} | {t['solved']} / {t['failures']} ({t['solved_share']:.2%}) | "
+            f"{t['broken']} / {t['right']} ({t['broken_share']:.2%}) | {t['rows_solved']} / {t['rows']} | "
+            f"{t['steps']:.2f} | {t['kl']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[str, list]], path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    names = list(results)
+    rows = [totals([record for records in results[name].values() for record in records]) for name in names]
+    columns = (
+        ("failing tokens solved", [row["solved_share"] for row in rows], False),
+        ("right tokens broken", [row["broken_share"] for row in rows], False),
+        ("steps a row", [row["steps"] for row in rows], False),
+        ("KL on unrelated text", [max(row["kl"], 1e-6) for row in rows], True),
+    )
+    size = (13, 1 + 0.28 * len(names))
+    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
+    for axis, (title, values, log) in zip(axes, columns):
+        axis.barh(range(len(names)), values, color="tab:blue")
+        axis.set_title(title)
+        axis.set_xscale("log" if log else "linear")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set_xlim(0.9 * min(columns[0][1]), 1)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--plot", type=Path, help="draw the results here")
+    given = options.parse_args()
+    set_seed(given.seed)
+    setting = {"tasks": given.tasks, "rows": given.rows, "model": given.model, "seed": given.seed}
+    setting["demonstrations"] = given.demonstrations
+    defaults = {"config": StarConfig().to_dict(), "arguments": RepairArguments().to_dict()}
+    defaults = json.loads(json.dumps(defaults, default=str))
+    state: dict[str, Any] = {"setting": setting, "defaults": defaults, "machine": machine(), "results": {}}
+    if given.json.is_file():
+        earlier = json.loads(given.json.read_text())
+        if earlier["setting"] != setting or earlier["defaults"] != defaults:
+            raise SystemExit(f"{given.json} holds a sweep with other settings; name another file.")
+        state["results"] = earlier["results"]
+    rows = {task: few_shot_rows(given.data, task, given.rows, given.demonstrations) for task in given.tasks}
+    base, tokenizer = load_model(given.model, dtype="float32")
+    for name, (config, args) in grid().items():
+        print(name, flush=True)
+        done = state["results"].setdefault(name, {})
+        run(base, tokenizer, rows, config, args, done, lambda: write_json(given.json, state))
+    print(table(state["results"]))
+    if given.plot is not None:
+        plot(state["results"], given.plot)
+
+
+if __name__ == "__main__":
+    main()
