@@ -64,9 +64,7 @@ def load_model(
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ValueError(
-                f"{model} is a file but not a .gguf file; a model is a directory, a .gguf file or a Hub id."
-            )
+            raise ValueError(f"{model} is no .gguf file; a model is a directory, a .gguf file or a Hub id.")
         return _load_gguf(path, str(model), kwargs)
     if path.is_dir():
         _check_model_dir(path)
@@ -136,10 +134,8 @@ def read_patch_config(directory: Path) -> dict[str, Any]:
     """A patch's `adapter_config.json`, checked to be that of a STAR patch."""
     path = directory / CONFIG_NAME
     if not path.is_file():
-        kind = (
-            "a model, not a patch" if (directory / "config.json").is_file() else f"no patch: it has no {CONFIG_NAME}"
-        )
-        raise ValueError(f"{directory} holds {kind}.")
+        is_model = (directory / "config.json").is_file()
+        raise ValueError(f"{directory} holds {'a model' if is_model else 'no patch'}: it has no {CONFIG_NAME}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,0 +1,105 @@
+"""Fixtures for every test: a tiny model with a tokenizer for quick tests, and the demo's real model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports huggingface_hub: what a test needs it makes itself, and nothing is asked of the Hub.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from peft_star.loading import demo_model_path, load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a `.gguf` file."""
+    try:
+        return demo_model_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a directory with safetensors, which loads much faster than the `.gguf` file."""
+    directory = tmp_path_factory.mktemp("models") / "smollm2-135m-instruct"
+    model, tokenizer = load_model(smollm2_gguf)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def build_tokenizer() -> PreTrainedTokenizerBase:
+    """One token for each byte, so that every text is tokenised exactly and the vocabulary stays small."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256
+    )
+
+
+def build_model(seed: int = 0, **changes: int | bool) -> LlamaForCausalLM:
+    """A Llama of four small layers with random weights."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(build_tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer of 259 tokens."""
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_model() -> LlamaForCausalLM:
+    """A fresh tiny Llama; the same weights each time."""
+    return build_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama and its tokenizer, saved. Not to be written to."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    build_model().save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as JSON Lines: `write_rows("failures.jsonl", ("prompt", "completion"), ...)`."""
+
+    def write(name: str, *rows: tuple[str, str]) -> Path:
+        path = tmp_path / name
+        lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return write
