@@ -458,6 +458,13 @@ def test_inject_and_set_state_dict(low_cpu_mem_usage):
         assert model.peft_config["mine"].num_neurons == 7
 
 
+def test_low_cpu_mem_usage_injects_an_empty_adapter():
+    model = inject_adapter_in_model(StarConfig(num_neurons=2), tiny_llama(), "mine", low_cpu_mem_usage=True)
+    adapter = get_peft_model_state_dict(model, adapter_name="mine")
+    assert len(adapter) == 6 and all(value.is_meta for value in adapter.values())
+    assert not any(parameter.is_meta for name, parameter in model.named_parameters() if "star_" not in name)
+
+
 def test_injection_from_the_keys_of_a_state_dict():
     source = star(layers_to_transform=[0, 2])
     state_dict = {

@@ -165,6 +165,12 @@ class StarLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT leaves parameters on the meta device alone, but does not expect buffers there
+        if adapter_name in self.star_neurons and self.star_neurons[adapter_name].is_meta:
+            return
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.star_delta:
             raise ValueError(

@@ -154,14 +154,19 @@ class StarModel(BaseTuner):
         kwargs = get_quantization_kwargs(self.model)
 
         if isinstance(target, StarLayer):
-            num_neurons = resolve_num_neurons(num_neurons, target.in_features, name)
-            target.update_layer(adapter_name, num_neurons, config=star_config, module_name=name, **kwargs)
+            layer = target
+            num_neurons = resolve_num_neurons(num_neurons, layer.in_features, name)
+            layer.update_layer(adapter_name, num_neurons, config=star_config, module_name=name, **kwargs)
         else:
-            new_module = self._create_new_module(star_config, adapter_name, target, num_neurons, name, **kwargs)
+            layer = self._create_new_module(star_config, adapter_name, target, num_neurons, name, **kwargs)
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
-                new_module.requires_grad_(False)
-            self._replace_module(parent, target_name, new_module, target)
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+        if layer.star_delta[adapter_name].is_meta:
+            # with low_cpu_mem_usage an adapter is empty as a whole until it is loaded
+            layer.star_neurons[adapter_name] = layer.star_neurons[adapter_name].to("meta")
 
     @staticmethod
     def _create_new_module(
