@@ -20,28 +20,30 @@ from peft_star import RepairArguments, StarConfig
 from peft_star.loading import load_model
 
 RATES = {
+    "rms": (0.003, 0.01, 0.02, 0.03),
     "std": (0.003, 0.01, 0.03, 0.1),
-    "rms": (0.003, 0.01, 0.03),
     "max": (0.01, 0.1),
     "l2": (0.01, 0.1),
 }
-LAYERS = (1, 0.1, 0.25, 0.5, 0.75, 1.0)
-NEURONS = (4, 16, 64, 256, 1.0)
+LAYERS = (1, 0.1, 0.25, 0.75, 1.0)
+NEURONS = (4, 16, 256, 1.0)
+MARGINS = (0.0, 0.1, 0.5)
 
 
 def grid() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Settings by name: (StarConfig fields, RepairArguments fields)."""
-    settings = {}
+    settings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"defaults": ({}, {})}
     for norm, rates in RATES.items():
         for rate in rates:
-            settings[f"norm {norm}, lr {rate:g}"] = ({}, {"norm": norm, "learning_rate": rate})
+            if (norm, rate) != (RepairArguments.norm, RepairArguments.learning_rate):
+                settings[f"norm {norm}, lr {rate:g}"] = ({}, {"norm": norm, "learning_rate": rate})
     for layers in LAYERS:
         settings[f"layers {layers:g}"] = ({"num_layers": layers}, {})
     for neurons in NEURONS:
         settings[f"neurons {neurons:g}"] = ({"num_neurons": neurons}, {})
     settings["model-wise"] = ({"neuron_pattern": "model-wise"}, {})
     settings["exact occlusion"] = ({}, {"occlusion": "exact"})
-    for margin in (0.0, 0.1, 0.5):
+    for margin in MARGINS:
         settings[f"margin {margin:g}"] = ({}, {"margin": margin})
     return settings
 

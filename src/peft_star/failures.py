@@ -50,7 +50,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{path} is not a file; give a JSON Lines file of rows with 'prompt' and 'completion'.")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # not splitlines(): JSON text may hold U+2028, which that takes for the end of a line
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     for number, line in enumerate(lines, start=1):
