@@ -573,6 +573,21 @@ def test_bad_patches_alter_nothing(patch, kind):
     assert model.peft_config["default"] == config
 
 
+@pytest.mark.parametrize("kind", ["index out of range", "negative index", "repeated index"])
+def test_transformers_refuses_bad_indices(patch, kind):
+    change, error, message = BAD_PATCHES[kind]
+    tampered(patch[0], change)
+    with pytest.raises((error, RuntimeError), match=message):
+        tiny_llama().load_adapter(patch[0], adapter_name="mine")
+
+
+@pytest.mark.parametrize("kind", ["too few indices", "wrong width", "transposed"])
+def test_transformers_refuses_tensors_of_wrong_shapes(patch, kind):
+    tampered(patch[0], BAD_PATCHES[kind][0])
+    with pytest.raises(RuntimeError):
+        tiny_llama().load_adapter(patch[0], adapter_name="mine")
+
+
 def test_loading_over_a_merged_adapter_is_refused(patch):
     model = star()
     model.merge_adapter()

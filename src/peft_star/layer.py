@@ -93,6 +93,23 @@ def check_delta(delta: torch.Tensor, num_neurons: int, out_features: int, name: 
         raise ValueError(f"The delta of {name} holds NaN or infinite values.")
 
 
+class NeuronDict(BufferDict):
+    """The indices of the adapters of one layer, persistent, and checked when a loader puts them in place.
+
+    transformers' `load_adapter` assigns tensors one by one, without asking PEFT; an index out of range would bring
+    down the device in the next forward pass.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(persistent=True)
+        self.in_features = in_features
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and name in self._buffers and not value.is_meta:
+            value = check_neurons(value, self.in_features, f"adapter {name!r}")
+        super().__setattr__(name, value)
+
+
 class StarLayer(BaseTunerLayer):
     """The state and the bookkeeping of STAR adapters on one layer; see [`Linear`] for the computation.
 
@@ -110,7 +127,8 @@ class StarLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.star_delta = nn.ParameterDict({})
-        self.star_neurons = BufferDict({}, persistent=True)
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.star_neurons = NeuronDict(self.in_features)
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -123,7 +141,6 @@ class StarLayer(BaseTunerLayer):
         # adapter name -> (neurons (k,), the base weight's columns before the merge): what unmerge writes back
         self._merged_columns: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         # Conv1D stores its weight as (in_features, out_features)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.kwargs = kwargs
