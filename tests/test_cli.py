@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import os
 import shutil
@@ -110,6 +111,16 @@ def test_wrong_usage_is_2(run: Callable[..., Result], args: tuple[str, ...]) -> 
 
 
 # repair
+
+
+def test_defaults_are_those_of_the_api() -> None:
+    defaults = {name: item.default for name, item in inspect.signature(cli.repair).parameters.items()}
+    config, arguments = peft_star.StarConfig(), peft_star.RepairArguments()
+    assert cli._parse_amount("--neurons", defaults["neurons"]) == config.num_neurons
+    assert cli._parse_layers(defaults["layers"]) == {"num_layers": config.num_layers}
+    assert config.layer_selection == "occlusion"
+    assert defaults["neuron_pattern"] == config.neuron_pattern
+    assert (defaults["steps"], defaults["lr"]) == (arguments.max_steps, arguments.learning_rate)
 
 
 def test_repair_writes_a_patch_that_peft_loads(

@@ -4,7 +4,7 @@ Messages, tables and progress go to standard error; standard output carries the 
 nothing else. Exit codes: 0 done, 1 done but not everything was repaired, 2 bad input, 130 interrupted.
 """
 
-# Nothing that takes long to import is imported here: `--help` and a mistyped option are answered at once.
+# torch, transformers and peft are imported by the commands that need them, not here.
 from __future__ import annotations
 
 import contextlib
@@ -19,6 +19,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .arguments import RepairArguments
 from .console import format_size, print_report, progress, quiet, status, stderr_console
 from .loading import REPORT_NAME, find_patch, load_model, load_patch, read_patch_config, read_patch_modules
 from .output import bytes_of, check_output, new_directory, save_patch
@@ -38,9 +39,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a local d
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds, once the new is complete.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="Where to load MODEL: auto, cuda, cpu ...  [default: cpu]", show_default=False)
-]
+DeviceMap = Annotated[str | None, typer.Option(help="Where to load MODEL: auto, cuda, cpu ...", show_default="cpu")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")]
 Token = Annotated[str | None, typer.Option(help="Access token for the Hub (or set HF_TOKEN).", show_default=False)]
 
@@ -105,20 +104,17 @@ def repair(
     neuron_pattern: Annotated[
         str, typer.Option(help="Rank neurons within each layer (layer-wise) or over all of them (model-wise).")
     ] = "layer-wise",
-    mode: Annotated[str, typer.Option(help="multiple: one prior for all failures; single: one after the other.")] = (
-        "multiple"
-    ),
+    mode: Annotated[
+        str, typer.Option(help="multiple: one prior for all failures; single: one after the other.")
+    ] = RepairArguments.mode,
     steps: Annotated[
-        int | None, typer.Option(help="At most this many steps.  [default: 10]", show_default=False)
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: 0.01]", show_default=False)] = None,
-    norm: Annotated[
-        str | None, typer.Option(help="Norm of the semantic delta.  [default: std]", show_default=False)
-    ] = None,
+        int, typer.Option(help="At most this many steps for one set of failures.")
+    ] = RepairArguments.max_steps,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = RepairArguments.learning_rate,
+    norm: Annotated[str, typer.Option(help="Norm of the semantic delta: std, rms, max or l2.")] = RepairArguments.norm,
     margin: Annotated[
-        float | None,
-        typer.Option(help="Lead in probability at which a token counts as solved.", show_default=False),
-    ] = None,
+        float, typer.Option(help="Lead in probability at which a token counts as solved.")
+    ] = RepairArguments.margin,
     no_generate: Annotated[
         bool, typer.Option("--no-generate", help="Check tokens only; do not also generate before and after.")
     ] = False,
@@ -147,15 +143,17 @@ def repair(
 
     from peft import get_peft_model
 
-    from . import RepairArguments, RepairInterrupted, StarConfig
+    from . import RepairInterrupted, StarConfig
     from . import repair as run_repair
 
-    given = {"max_steps": steps, "learning_rate": lr, "norm": norm, "margin": margin}
     arguments = RepairArguments(
+        learning_rate=lr,
+        max_steps=steps,
         mode=mode,
+        norm=norm,
+        margin=margin,
         verify_generation=not no_generate,
         disable_tqdm=True,  # the progress shown is this module's own
-        **{name: value for name, value in given.items() if value is not None},
     )
     config = StarConfig(task_type="CAUSAL_LM", neuron_pattern=neuron_pattern, **selection)
 
