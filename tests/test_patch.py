@@ -83,6 +83,23 @@ def test_closure_state_dict_and_schedulers():
     torch.testing.assert_close(param, clone)
 
 
+def test_damping_shrinks_the_steps_of_entries_whose_gradient_turns():
+    param = parameter([0.0, 0.0, 0.0])
+    optimizer = PriorGuidedSGD([param], lr=1.0, priors={param: torch.tensor([1.0, 1.0, 8.0])}, damping=0.5)
+    track = []
+    for gradient in ([1.0, 1.0, -1.0], [1.0, -1.0, 1.0], [1.0, 0.0, 1.0], [1.0, -1.0, -1.0]):
+        param.grad = torch.tensor(gradient)
+        optimizer.step()
+        track.append(param.tolist())
+    assert track == [[-1, -1, 8], [-2, -0.5, 4], [-3, -0.5, 0], [-4, 0, 2]]
+
+
+@pytest.mark.parametrize("damping", [0, 1.5, float("nan"), "half"])
+def test_bad_damping_is_refused(damping):
+    with pytest.raises(ValueError, match="damping"):
+        PriorGuidedSGD([parameter([1.0])], damping=damping)
+
+
 @pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), "fast"])
 def test_bad_learning_rates_are_refused(lr):
     with pytest.raises(ValueError, match="lr"):

@@ -390,6 +390,8 @@ def test_bad_settings_are_refused_before_anything_happens(tokenizer):
         ("learning_rate", -1.0),
         ("learning_rate", float("inf")),
         ("learning_rate", "fast"),
+        ("damping", 0.0),
+        ("damping", 1.01),
         ("max_steps", 0),
         ("max_steps", 1.5),
         ("max_steps", True),

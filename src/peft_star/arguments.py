@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,14 +17,14 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
-def _finite(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf):
+def _finite(name: str, value: Any, **bounds: float) -> None:
+    """Raise unless `value` is a finite number within `above`, `at_least`, `at_most`, `below`."""
+    tests = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` is {value!r}; give a number.")
-    if not math.isfinite(value) or value <= above or value < at_least or value >= below:
-        bounds = [f"greater than {above:g}"] if above > -math.inf else []
-        bounds += [f"at least {at_least:g}"] if at_least > -math.inf else []
-        bounds += [f"less than {below:g}"] if below < math.inf else []
-        raise ValueError(f"`{name}` is {value!r}; give a finite number {' and '.join(bounds)}.".replace(" .", "."))
+    if not math.isfinite(value) or not all(tests[kind](value, bound) for kind, bound in bounds.items()):
+        wanted = " and ".join(f"{kind.replace('_', ' ')} {bound:g}" for kind, bound in bounds.items())
+        raise ValueError(f"`{name}` is {value!r}; give a finite number {wanted}.")
 
 
 def _count(name: str, value: Any) -> None:
@@ -40,6 +41,8 @@ class RepairArguments:
     Args:
         learning_rate (`float`): The factor of Algorithm 1 (paper section 3.3): each step moves a parameter by
             `learning_rate` times the prior's magnitude.
+        damping (`float`): Factor of an entry's step size whenever its gradient's sign turns; 1 is Algorithm 1 to the
+            letter (see [`PriorGuidedSGD`]).
         max_steps (`int`): At most this many steps for one set of failures (paper section 4.4: 10).
         mode (`str`): `"multiple"` solves all failures together with one prior; `"single"` solves them one after the
             other, each with a prior of its own (paper section 4, RQ1).
@@ -61,6 +64,7 @@ class RepairArguments:
     """
 
     learning_rate: float = field(default=1e-2, metadata={"help": "Step factor of Algorithm 1."})
+    damping: float = field(default=0.5, metadata={"help": "Step size factor where a gradient's sign turns."})
     max_steps: int = field(default=10, metadata={"help": "At most this many steps per set of failures."})
     mode: str = field(default="multiple", metadata={"help": "'multiple' or 'single'."})
     norm: str = field(default="rms", metadata={"help": "Norm of the semantic delta (equation 1)."})
@@ -74,6 +78,7 @@ class RepairArguments:
 
     def __post_init__(self) -> None:
         _finite("learning_rate", self.learning_rate, above=0)
+        _finite("damping", self.damping, above=0, at_most=1)
         _finite("ridge", self.ridge, at_least=0)
         _finite("margin", self.margin, at_least=0, below=1)
         for name in ("max_steps", "max_rounds", "max_batch_tokens"):

@@ -23,13 +23,19 @@ class PriorGuidedSGD(torch.optim.Optimizer):
     attribute `param.star_prior` that [`prepare`] sets on the deltas of a STAR adapter. A parameter without a prior
     has magnitude 1 everywhere, which makes the update sign descent.
 
+    Steps of constant size overshoot where failures pull against each other. `damping` below 1 multiplies the size of
+    an entry's next steps by it whenever the sign of its gradient turned, as Rprop does (Riedmiller and Braun, 1993);
+    1 is Algorithm 1 to the letter.
+
     Args:
         params: Parameters or parameter groups, as for every PyTorch optimiser.
         lr (`float`): The factor η.
+        damping (`float`): Factor of an entry's step size at each turn of its gradient's sign, in (0, 1].
         priors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*): Priors by parameter, each of its parameter's shape.
 
     Raises:
-        ValueError: `lr` is not a positive number, or a prior has another shape than its parameter.
+        ValueError: `lr` is not a positive number, `damping` is not in (0, 1], or a prior has another shape than its
+            parameter.
 
     Example:
 
@@ -45,10 +51,14 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         params: Iterable,
         lr: float = 1e-2,
         priors: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        damping: float = 1.0,
     ):
         if not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
             raise ValueError(f"`lr` is {lr!r}; give a finite number greater than 0.")
-        super().__init__(params, {"lr": lr})
+        if not isinstance(damping, (int, float)) or not 0 < damping <= 1:
+            raise ValueError(f"`damping` is {damping!r}; give a number greater than 0 and at most 1.")
+        super().__init__(params, {"lr": lr, "damping": damping})
         for group in self.param_groups:
             own = group.pop("prior", None)
             if own is not None and len(group["params"]) != 1:
@@ -77,11 +87,20 @@ class PriorGuidedSGD(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if "prior" not in self.state[param]:
+                state = self.state[param]
+                if "prior" not in state:
                     self._set_prior(param, None)
                 sign = param.grad.sign()
-                prior = self.state[param].get("prior")
-                param.sub_((sign if prior is None else sign * prior).to(param.dtype), alpha=group["lr"])
+                update = sign * state["prior"] if "prior" in state else sign
+                if group["damping"] < 1:
+                    if "sign" in state:
+                        turned = sign * state["sign"] < 0
+                        state["size"] = state["size"].where(~turned, state["size"] * group["damping"])
+                    else:
+                        state["size"] = torch.ones_like(sign)
+                    state["sign"] = sign
+                    update = update * state["size"]
+                param.sub_(update.to(param.dtype), alpha=group["lr"])
         return loss
 
 
@@ -103,6 +122,7 @@ def patch_neurons(
     right_before: torch.Tensor,
     *,
     learning_rate: float,
+    damping: float,
     max_steps: int,
     margin: float,
     retain: Callable[[], Sequence[tuple[Batch, torch.Tensor]]] | None = None,
@@ -120,11 +140,11 @@ def patch_neurons(
         gradients: ∂L/∂delta of the trace, for a first step without another pass; None: computed.
         medium: Slots (n) of the failures.
         right_before: Which of the S completion tokens are right before the patch.
-        learning_rate, max_steps, margin: See [`RepairArguments`].
+        learning_rate, damping, max_steps, margin: See [`RepairArguments`].
         retain: Called once the failures are solved; gives retained batches with a mask (N) of tokens that broke.
         on_step: Called with the step, the failures solved, and the loss.
     """
-    optimizer = PriorGuidedSGD(deltas, lr=learning_rate)
+    optimizer = PriorGuidedSGD(deltas, lr=learning_rate, damping=damping)
     is_medium = torch.zeros_like(right_before)
     is_medium[medium] = True
     best: tuple[tuple[int, int], list[torch.Tensor], Predictions, int] | None = None

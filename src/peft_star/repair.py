@@ -327,6 +327,7 @@ class _Session:
                     medium,
                     right_before,
                     learning_rate=self.args.learning_rate,
+                    damping=self.args.damping,
                     max_steps=self.args.max_steps,
                     margin=self.args.margin,
                     retain=retain,
