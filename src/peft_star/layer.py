@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -140,6 +141,8 @@ class StarLayer(BaseTunerLayer):
         self.merged_adapters = []
         # adapter name -> (neurons (k,), the base weight's columns before the merge): what unmerge writes back
         self._merged_columns: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        # the quantized base layer before the merge, in a tuple so that it does not become a submodule
+        self._unmerged_base: tuple[nn.Module, ...] = ()
 
         # Conv1D stores its weight as (in_features, out_features)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -283,8 +286,9 @@ class Linear(nn.Module, StarLayer):
         """
         Merge the active adapter weights into the base weights
 
-        Only the columns of the adapters' neurons are touched. They are kept, so that [`~Linear.unmerge`] restores an
-        unquantized weight bit for bit.
+        Only the columns of the adapters' neurons are touched, and they are kept, so that [`~Linear.unmerge`] restores
+        the weight bit for bit. A quantized weight has to be quantized anew, which changes what shares a scale with
+        these columns, so there the quantized layer as a whole is kept until it is unmerged.
 
         Args:
             safe_merge (`bool`, *optional*):
@@ -306,7 +310,8 @@ class Linear(nn.Module, StarLayer):
                 continue
             self._check_merge_supported()
             weight = self.get_base_weight()
-            neurons = self.star_neurons[active_adapter].to(weight.device).clone()
+            # index_copy_ does not take int32 indices on every device
+            neurons = self.star_neurons[active_adapter].to(weight.device, torch.int64)
             columns = weight.index_select(self._neuron_dim, neurons)
 
             # the sum is rounded once, from at least float32
@@ -319,8 +324,19 @@ class Linear(nn.Module, StarLayer):
                     f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
                 )
 
-            self._write_columns(weight, neurons, merged)
-            self._merged_columns[active_adapter] = (neurons, columns)
+            weight.index_copy_(self._neuron_dim, neurons, merged)
+            if self.quantization_backend is None:
+                self._merged_columns[active_adapter] = (neurons, columns)
+            else:
+                if not self._unmerged_base:
+                    warnings.warn(
+                        f"Merging into a {self.quantization_backend.backend_name} layer quantizes it anew, so outputs "
+                        "may differ due to rounding errors.",
+                        stacklevel=2,
+                    )
+                    self._unmerged_base = (self.base_layer,)
+                    self.base_layer = copy.deepcopy(self.base_layer)
+                self.set_base_weight(weight)
             self.merged_adapters.append(active_adapter)
 
     @torch.no_grad()
@@ -332,18 +348,16 @@ class Linear(nn.Module, StarLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
 
+        if self._unmerged_base:
+            (self.base_layer,) = self._unmerged_base
+            self._unmerged_base = ()
+            self.merged_adapters.clear()
         while len(self.merged_adapters) > 0:
             active_adapter = self.merged_adapters.pop()
             neurons, columns = self._merged_columns.pop(active_adapter)
             weight = self.get_base_weight()
-            self._write_columns(weight, neurons.to(weight.device), columns.to(weight.device, weight.dtype))
-
-    def _write_columns(self, weight: torch.Tensor, neurons: torch.Tensor, columns: torch.Tensor) -> None:
-        # index_copy_ does not take int32 indices on every device
-        weight.index_copy_(self._neuron_dim, neurons.to(torch.int64), columns)
-        if self.quantization_backend is not None:
-            # what was written to is a dequantized copy
-            self.set_base_weight(weight)
+            columns = columns.to(weight.device, weight.dtype)
+            weight.index_copy_(self._neuron_dim, neurons.to(weight.device), columns)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """

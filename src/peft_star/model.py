@@ -191,6 +191,13 @@ class StarModel(BaseTuner):
         num_neurons = resolve_num_neurons(num_neurons, shape[0], name)
         return Linear(target, adapter_name, config=star_config, num_neurons=num_neurons, module_name=name, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, StarLayer) and new_module is child.get_base_layer():
+            # unloading: the base layer is as it was, and not every quantized one has the `weight` PEFT would hand over
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PeftModel.forward and generate drop `adapter_names` after this hook, so without it they would be ignored
