@@ -140,6 +140,22 @@ def test_target_modules_that_no_suffix_expresses(tmp_path):
         get_peft_model(TwoStacks(), StarConfig(num_neurons=2, layers_to_transform=7))
 
 
+def test_other_pairs_in_the_layer_are_not_taken_for_the_ffn():
+    """A wide low-rank branch that hangs in the layer, and mixing weights with leading dimensions of one."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 4))
+            self.mlp.mix_key, self.mlp.mix_value = (nn.Parameter(torch.ones(1, 1, 4)) for _ in range(2))
+            self.branch_in, self.branch_out = nn.Linear(4, 50), nn.Linear(50, 4)
+            self.low_rank = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer() for _ in range(2)])
+    assert list(find_second_matrices(model)) == ["layers.0.mlp.2", "layers.1.mlp.2"]
+
+
 def test_encoder_decoder_takes_the_decoder():
     torch.manual_seed(0)
     config = transformers.T5Config(

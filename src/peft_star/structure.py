@@ -101,7 +101,8 @@ class _Layer:
 def _find_experts(modules: dict[str, nn.Module], pairs: list[str]) -> str | None:
     for name, module in modules.items():
         # transformers 5 fuses experts into parameters of shape (experts, d, m)
-        if sum(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) >= 2:
+        fused = [p for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1]
+        if len(fused) >= 2:
             return f"fused expert parameters ({name}, {type(module).__name__})"
         if isinstance(module, nn.ModuleList):
             prefix = f"{name}."
@@ -116,23 +117,23 @@ def _inspect_layer(name: str, layer: nn.Module) -> _Layer:
     modules = dict(_walk(layer))
     shapes = {key: shape for key, module in modules.items() if (shape := linear_shape(module)) is not None}
 
-    # a pair is (parent is shared, size, position, name); the largest is the FFN: other pairs of this kind, such as
-    # the low-rank gates of some models, are narrower, and of equal ones (a square FFN) the second comes last
-    candidates: list[tuple[bool, int, int, str]] = []
+    # Several pairs may look like an FFN, such as low-rank gates. Partners with the same parent go before those that
+    # are spread over two modules (as in BERT), a module of their own before pairs that hang in the layer itself (as in
+    # OPT), then the largest wins, and of equal ones (in a square FFN) the last.
+    candidates: list[tuple[bool, bool, int, int, str]] = []
     names = list(shapes)
     for position, second in enumerate(names):
         width, hidden = shapes[second]
         parent = second.rpartition(".")[0]
         for first in names[:position]:
             if shapes[first] in ((hidden, width), (hidden, 2 * width)):
-                candidates.append((first.rpartition(".")[0] == parent, width * hidden, position, second))
-    # partners with the same parent go before those that are spread over two modules (as in BERT)
-    same_parent = [candidate for candidate in candidates if candidate[0]]
-    candidates = same_parent or candidates
+                same_parent = first.rpartition(".")[0] == parent
+                candidates.append((same_parent, parent != "", width * hidden, position, second))
+    candidates = [candidate for candidate in candidates if candidate[0]] or candidates
 
     found.experts = _find_experts(modules, [candidate[-1] for candidate in candidates])
     if candidates:
-        _, found.size, _, found.second = max(candidates, key=lambda candidate: candidate[1:3])
+        _, _, found.size, _, found.second = max(candidates)
     return found
 
 
