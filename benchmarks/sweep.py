@@ -1,6 +1,6 @@
-"""The sweep behind the default hyper-parameters: norm, learning rate, share of layers, neurons per layer.
+"""The sweep behind the default hyper-parameters: norm, learning rate, share of layers, neurons per layer, and the rest.
 
-    python benchmarks/sweep.py --model MODEL --data DIR --rows 10 --json sweep.json --plot sweep.png
+    python benchmarks/sweep.py --model MODEL --data DIR --rows 6 --json sweep.json --plot sweep.png
 
 One factor at a time around the defaults, a fresh patch for each row (see fresh_patch.py). Finished rows are kept in the
 JSON file: an interrupted run goes on from there.
@@ -20,31 +20,33 @@ from peft_star import RepairArguments, StarConfig
 from peft_star.loading import load_model
 
 RATES = {
-    "rms": (0.003, 0.01, 0.02, 0.03),
     "std": (0.003, 0.01, 0.03, 0.1),
+    "rms": (0.003, 0.01),
     "max": (0.01, 0.1),
     "l2": (0.01, 0.1),
 }
-LAYERS = (1, 0.1, 0.25, 0.75, 1.0)
-NEURONS = (4, 16, 256, 1.0)
-MARGINS = (0.0, 0.1, 0.5)
+OTHERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "layers": [({"num_layers": share}, {}) for share in (0.1, 0.25, 0.75, 1.0)],
+    "neurons": [({"num_neurons": count}, {}) for count in (16, 256, 1.0)],
+    "pattern": [({"neuron_pattern": "model-wise"}, {})],
+    "ridge": [({}, {"ridge": ridge}) for ridge in (1e-2, 1e-1)],
+    "damping": [({}, {"damping": 1.0})],
+    "occlusion": [({}, {"occlusion": "exact"})],
+    "margin": [({}, {"margin": margin}) for margin in (0.0, 0.1)],
+}
 
 
 def grid() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Settings by name: (StarConfig fields, RepairArguments fields)."""
+    """Settings by name: (StarConfig fields, RepairArguments fields); one factor at a time around the defaults."""
     settings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"defaults": ({}, {})}
     for norm, rates in RATES.items():
         for rate in rates:
             if (norm, rate) != (RepairArguments.norm, RepairArguments.learning_rate):
                 settings[f"norm {norm}, lr {rate:g}"] = ({}, {"norm": norm, "learning_rate": rate})
-    for layers in LAYERS:
-        settings[f"layers {layers:g}"] = ({"num_layers": layers}, {})
-    for neurons in NEURONS:
-        settings[f"neurons {neurons:g}"] = ({"num_neurons": neurons}, {})
-    settings["model-wise"] = ({"neuron_pattern": "model-wise"}, {})
-    settings["exact occlusion"] = ({}, {"occlusion": "exact"})
-    for margin in MARGINS:
-        settings[f"margin {margin:g}"] = ({}, {"margin": margin})
+    for name, variants in OTHERS.items():
+        for config, arguments in variants:
+            (value,) = [*config.values(), *arguments.values()]
+            settings[f"{name} {value}"] = (config, arguments)
     return settings
 
 

@@ -67,7 +67,7 @@ class RepairArguments:
     damping: float = field(default=0.5, metadata={"help": "Step size factor where a gradient's sign turns."})
     max_steps: int = field(default=10, metadata={"help": "At most this many steps per set of failures."})
     mode: str = field(default="multiple", metadata={"help": "'multiple' or 'single'."})
-    norm: str = field(default="rms", metadata={"help": "Norm of the semantic delta (equation 1)."})
+    norm: str = field(default="std", metadata={"help": "Norm of the semantic delta (equation 1)."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares (equation 2)."})
     margin: float = field(default=0.01, metadata={"help": "Probability margin at which a token counts as solved."})
     occlusion: str = field(default="first-order", metadata={"help": "'first-order' or 'exact'."})
