@@ -7,6 +7,7 @@ register()
 from .arguments import RepairArguments  # noqa: E402
 from .callbacks import RepairCallback, RepairState  # noqa: E402
 from .config import StarConfig  # noqa: E402
+from .export import export_lora  # noqa: E402
 from .layer import Linear, StarLayer  # noqa: E402
 from .model import StarModel  # noqa: E402
 from .patch import PriorGuidedSGD  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "StarConfig",
     "StarLayer",
     "StarModel",
+    "export_lora",
     "prepare",
     "repair",
 ]

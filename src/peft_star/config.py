@@ -43,6 +43,24 @@ def _check_index(name: str, value: Any) -> int:
     return int(value)
 
 
+def _check_counts(field_name: str, value: Any) -> dict[str, int]:
+    """Return `value` as a dict from module names to numbers of neurons, or say what is wrong with it."""
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"`{field_name}` should be a dict from full module names to numbers of neurons, got {value!r}."
+        )
+    checked = {}
+    for name, count in value.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"The keys of `{field_name}` should be full module names, got {name!r}.")
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+            raise TypeError(f"`{field_name}[{name!r}]` should be an int, got {count!r}.")
+        if count <= 0:
+            raise ValueError(f"`{field_name}[{name!r}]` should be 1 or more, got {int(count)}.")
+        checked[name] = int(count)
+    return checked
+
+
 @dataclass
 class StarConfig(PeftConfig):
     """
@@ -86,6 +104,13 @@ class StarConfig(PeftConfig):
             The number of neurons of single modules, which overrides `num_neurons`. Keys are the full names of modules
             in the base model. A repair records it when modules hold different numbers, so that loading the patch
             creates tensors of the right shapes.
+        in_features (`Optional[Union[int, dict[str, int]]]`, *optional*):
+            How many neurons the target modules have in all: one number, or one by full module name where they differ.
+            It is recorded when the adapter is created, so that a patch can be converted without its base model;
+            setting it has no effect.
+        base_fingerprint (`Optional[str]`, *optional*):
+            What [`fingerprint`] says of the base weights that the patch was solved for. A repair records it; loading
+            the patch onto other weights warns.
 
     Raises:
         ValueError: A value is out of its range or unknown.
@@ -186,6 +211,19 @@ class StarConfig(PeftConfig):
             )
         },
     )
+    in_features: int | dict[str, int] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "How many neurons the target modules have in all, as a number or by full module name. Recorded when "
+                "the adapter is created, so that a patch can be converted without its base model."
+            )
+        },
+    )
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={"help": "The fingerprint of the base weights that the patch was solved for. A repair records it."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -209,7 +247,17 @@ class StarConfig(PeftConfig):
             )
         if not isinstance(self.init_weights, bool):
             raise TypeError(f"`init_weights` should be True or False, got {self.init_weights!r}.")
-        self._check_neurons_per_module()
+        if self.neurons_per_module is not None:
+            self.neurons_per_module = _check_counts("neurons_per_module", self.neurons_per_module)
+        if isinstance(self.in_features, dict):
+            self.in_features = _check_counts("in_features", self.in_features)
+        elif self.in_features is not None:
+            if isinstance(self.in_features, bool) or not isinstance(self.in_features, int):
+                raise TypeError(f"`in_features` should be an int or a dict, got {self.in_features!r}.")
+            if self.in_features <= 0:
+                raise ValueError(f"`in_features` should be 1 or more, got {self.in_features}.")
+        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
+            raise TypeError(f"`base_fingerprint` should be a string, got {self.base_fingerprint!r}.")
 
     def _check_layers_to_transform(self) -> None:
         if isinstance(self.layers_to_transform, (list, tuple, set)):
@@ -243,25 +291,6 @@ class StarConfig(PeftConfig):
         if len(set(indices)) != len(indices):
             raise ValueError(f"`layer_selection` names a layer twice: {indices}.")
         self.layer_selection = sorted(indices)
-
-    def _check_neurons_per_module(self) -> None:
-        if self.neurons_per_module is None:
-            return
-        if not isinstance(self.neurons_per_module, dict):
-            raise TypeError(
-                "`neurons_per_module` should be a dict from full module names to numbers of neurons, "
-                f"got {self.neurons_per_module!r}."
-            )
-        checked = {}
-        for name, count in self.neurons_per_module.items():
-            if not isinstance(name, str) or not name:
-                raise TypeError(f"The keys of `neurons_per_module` should be full module names, got {name!r}.")
-            if isinstance(count, bool) or not isinstance(count, numbers.Integral):
-                raise TypeError(f"`neurons_per_module[{name!r}]` should be an int, got {count!r}.")
-            if count <= 0:
-                raise ValueError(f"`neurons_per_module[{name!r}]` should be 1 or more, got {int(count)}.")
-            checked[name] = int(count)
-        self.neurons_per_module = checked
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; sets become sorted lists, so that saved files are reproducible."""

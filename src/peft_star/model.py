@@ -67,6 +67,12 @@ def _record_counts(config: StarConfig, counts: dict[str, int]) -> None:
         config.neurons_per_module = dict(sorted(counts.items()))
 
 
+def _record_widths(config: StarConfig, widths: dict[str, int]) -> None:
+    """Write how many neurons the modules have in all, by plain name, into the config: converting a patch needs it."""
+    values = set(widths.values())
+    config.in_features = next(iter(values)) if len(values) == 1 else dict(sorted(widths.items())) or None
+
+
 class StarModel(BaseTuner):
     """
     Creates a STAR model from a pretrained model: sparse neuron deltas on the second matrices of its FFNs.
@@ -134,6 +140,11 @@ class StarModel(BaseTuner):
             peft_config.layers_to_transform = peft_config.layers_pattern = None
         peft_config.target_modules = _select(targets, key_list)
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = self._star_layers(adapter_name)
+        _record_widths(self.peft_config[adapter_name], {_plain_name(n): x.in_features for n, x in layers.items()})
 
     def _create_and_replace(
         self,
@@ -291,6 +302,7 @@ class StarModel(BaseTuner):
         config.layers_pattern = None
         config.exclude_modules = None
         _record_counts(config, {_plain_name(name): indices.numel() for name, indices in checked.items()})
+        _record_widths(config, {_plain_name(name): self.model.get_submodule(name).in_features for name in checked})
         self.targeted_module_names = list(self._star_layers())
 
     def _exact_target_modules(self, config: StarConfig, names: Iterable[str]) -> set[str] | str:
