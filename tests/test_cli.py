@@ -27,7 +27,7 @@ from conftest import build_model, build_tokenizer
 from peft_star import RepairCallback, RepairReport, cli, output
 from peft_star.cli import main
 
-SOLVABLE = ("--lr", "0.05", "--neurons", "32")  # the tiny model's random weights need larger steps than a real one's
+SOLVABLE = ("--lr", "0.05", "--neurons", "32", "--steps", "200")  # random weights need larger steps than real ones
 
 
 @dataclass
@@ -238,9 +238,9 @@ def test_layers(
         (("--mode", "both"), "choose one of 'multiple', 'single'"),
         (("--norm", "l7"), "choose one of 'std'"),
         (("--steps", "0"), "whole number of at least 1"),
-        (("--lr", "-1"), "greater than 0"),
+        (("--lr", "-1"), "`learning_rate` is -1.0"),
         (("--lr", "nan"), "finite"),
-        (("--margin", "2"), "less than 1"),
+        (("--margin", "2"), "`margin` is 2.0"),
         (("--neuron-pattern", "random"), "layer-wise"),
         (("--dtype", "int3"), "Unknown dtype 'int3'"),
         (("--push-to-hub", "not a repo"), "no name for a repository"),
