@@ -356,3 +356,6 @@ def _push(directory: Path, repo: str, token: str | None) -> str:
 def _finish(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False, indent=1))
+
+
+from . import cli_export  # noqa: E402, F401  (registers its command; it needs what this module defines)
