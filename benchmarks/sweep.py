@@ -22,8 +22,8 @@ from peft_star.loading import load_model
 RATES = {
     "std": (0.003, 0.01, 0.03, 0.1),
     "rms": (0.003, 0.01),
-    "max": (0.01, 0.1),
-    "l2": (0.01, 0.1),
+    "max": (0.1,),
+    "l2": (0.1,),
 }
 OTHERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "layers": [({"num_layers": share}, {}) for share in (0.1, 0.25, 0.75, 1.0)],

@@ -90,7 +90,9 @@ class Trace:
         predictions: The model's word at all completion tokens.
         medium: Slots (n) of the failures, in the order of every (n, ·) tensor below.
         layers: Per FFN (by module name) its [`LayerTrace`].
-        occlusion: Per decoder layer the first-order estimate of the change in loss when it is skipped.
+        occlusion: Per decoder layer the first-order estimate of how much the loss changes when it is skipped: the
+            bound Σ_p ‖∂L/∂h_p‖ ‖h_p − h'_p‖ of the linear term, over positions p with the layer's output h and input
+            h'. (The linear term itself cancels between positions and ranks layers worse.)
         hidden_rms: Per decoder layer the root mean square (n) of the hidden state that leaves it.
         loss: Sum of the cross entropy over the medium tokens.
     """
@@ -247,7 +249,7 @@ def _backward(loss, batch: Batch, chosen, recorder: _Recorder, result: Trace, hi
     for name, gradient in zip(deep, gradients[2 * len(v) :]):
         if gradient is not None:
             skipped = recorder.h_in[name].detach().to(gradient.device) - recorder.h_out[name].detach()
-            result.occlusion[name] += (gradient.float() * skipped.float()).sum().item()
+            result.occlusion[name] += (gradient.float().norm(dim=-1) * skipped.float().norm(dim=-1)).sum().item()
     for name in result.occlusion:
         h = recorder.h_out[name].detach()
         medium = h[rows.to(h.device), positions.to(h.device)]

@@ -1,0 +1,50 @@
+"""How well the first-order occlusion estimate agrees with exact occlusion, and whether it matters.
+
+    python benchmarks/occlusion.py --model MODEL --data DIR --rows 10 --json occlusion.json
+
+For each row: Spearman's rank correlation of the layers' changes in loss, and the share of the top half of the layers
+that both measures name. Exact occlusion costs one forward pass for each layer; the estimate costs none.
+"""
+
+from __future__ import annotations
+
+import json
+from statistics import mean
+from typing import Any
+
+from fresh_patch import machine, parser, write_json
+from peft import get_peft_model
+from prompts import few_shot_rows
+from tqdm.auto import tqdm
+
+from peft_star import RepairArguments, StarConfig, repair
+from peft_star.loading import load_model
+
+
+def main() -> None:
+    given = parser(__doc__).parse_args()
+    state: dict[str, Any] = {"machine": machine(), "model": given.model, "results": {}}
+    if given.json.is_file():
+        state["results"] = json.loads(given.json.read_text())["results"]
+    base, tokenizer = load_model(given.model, dtype="float32")
+    arguments = RepairArguments(occlusion="exact", max_steps=1, verify_generation=False, disable_tqdm=True)
+    for task in given.tasks:
+        done = state["results"].setdefault(task, [])
+        rows = few_shot_rows(given.data, task, given.rows, given.demonstrations)
+        for row in tqdm(rows[len(done) :], desc=task):
+            model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
+            report = repair(model, tokenizer, [row], arguments)
+            model.unload()
+            done.append(report.occlusion.get("agreement"))
+            write_json(given.json, state)
+    print("| task | rows with failures | Spearman | overlap of the chosen layers |\n| --- | --- | --- | --- |")
+    found = {task: [item for item in items if item] for task, items in state["results"].items()}
+    found["all"] = [item for items in found.values() for item in items]
+    for task, items in found.items():
+        if items:
+            rho, overlap = mean(item["spearman"] for item in items), mean(item["top_overlap"] for item in items)
+            print(f"| {task} | {len(items)} | {rho:.2f} | {overlap:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
