@@ -19,7 +19,9 @@ def few_shot_rows(data: Path, task: str, rows: int, demonstrations: int = 3) -> 
     folder = Path(data) / task
     for name in ("retrieval.jsonl", "inference.jsonl"):
         if not (folder / name).is_file():
-            raise SystemExit(f"{folder / name} is missing; --data must hold {', '.join(TASKS)}, each with both splits.")
+            raise SystemExit(
+                f"{folder / name} is missing; --data must hold {', '.join(TASKS)}, each with both splits."
+            )
     corpus, wanted = read_jsonl(folder / "retrieval.jsonl"), read_jsonl(folder / "inference.jsonl")
     # spread over the whole split: neighbours in the file are near-duplicates of each other
     step = max(1, len(wanted) // rows)

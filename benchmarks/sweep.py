@@ -1,9 +1,9 @@
-"""The sweep behind the default hyper-parameters: norm, learning rate, share of layers, neurons per layer, and the rest.
+"""The sweep behind the default hyper-parameters: norm, learning rate, share of layers, neurons per layer, and more.
 
     python benchmarks/sweep.py --model MODEL --data DIR --rows 6 --json sweep.json --plot sweep.png
 
-One factor at a time around the defaults, a fresh patch for each row (see fresh_patch.py). Finished rows are kept in the
-JSON file: an interrupted run goes on from there.
+One factor at a time around the defaults, a fresh patch for each row (see fresh_patch.py). Finished rows are kept in
+the JSON file: an interrupted run goes on from there.
 """
 
 from __future__ import annotations

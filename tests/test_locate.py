@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_models import MODELS
 
 from peft_star import structure
 from peft_star.batch import completion_logits, make_batches
@@ -17,6 +16,7 @@ from peft_star.locate import (
 )
 from peft_star.trace import trace
 from peft_star.verify import teacher_forced
+from tiny_models import MODELS
 
 
 def rows_for(model, number=3, seed=0):
@@ -51,7 +51,8 @@ def test_the_trace_matches_plain_autograd(name):
     weights = {key: module.weight for key, module in ffns.items()}
     kept = {}
     handles = [
-        module.register_forward_hook(lambda m, a, o, key=key: kept.__setitem__(key, a[0])) for key, module in ffns.items()
+        module.register_forward_hook(lambda m, a, o, key=key: kept.__setitem__(key, a[0]))
+        for key, module in ffns.items()
     ]
     reference = {key: 0.0 for key in ffns}
     squares = {key: 0.0 for key in ffns}

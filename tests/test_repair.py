@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import MODELS, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -22,6 +21,7 @@ from peft_star import (
     prepare,
     repair,
 )
+from tiny_models import MODELS, VOCAB
 
 ROWS = [
     {"prompt": "w5 w9 w11", "completion": " w20 w21"},

@@ -47,7 +47,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; give a JSON Lines file of rows with 'prompt' and 'completion'.")
+        raise FileNotFoundError(
+            f"{path} is not a file; give a JSON Lines file of rows with 'prompt' and 'completion'."
+        )
     rows = []
     try:
         # not splitlines(): JSON text may hold U+2028, which that takes for the end of a line
@@ -193,7 +195,9 @@ def _completion_ids(prompt: str, completion: str, prompt_ids: list[int], tokeniz
 
 def _encode_chat(row: dict[str, Any], tokenizer, where: str):
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{where}: chat messages need a chat template, and this tokenizer has none; give text instead.")
+        raise ValueError(
+            f"{where}: chat messages need a chat template, and this tokenizer has none; give text instead."
+        )
     prompt_text = tokenizer.apply_chat_template(list(row["prompt"]), tokenize=False, add_generation_prompt=True)
     whole_text = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
     if not whole_text.startswith(prompt_text):

@@ -19,9 +19,9 @@ class PriorGuidedSGD(torch.optim.Optimizer):
     With gradient G and prior W_Δ of a parameter, `u = W_Δ ⊙ sign(G) ⊙ sign(W_Δ) = |W_Δ| ⊙ sign(G)` and the parameter
     becomes `W − lr · u`.
 
-    The prior of a parameter is, in this order: `priors[param]`, its group's `"prior"` (groups of one parameter), or the
-    attribute `param.star_prior` that [`prepare`] sets on the deltas of a STAR adapter. A parameter without a prior
-    has magnitude 1 everywhere, which makes the update sign descent.
+    The prior of a parameter is, in this order: `priors[param]`, its group's `"prior"` (groups of one parameter), or
+    the attribute `param.star_prior` that [`prepare`] sets on the deltas of a STAR adapter. A parameter without a
+    prior has magnitude 1 everywhere, which makes the update sign descent.
 
     Steps of constant size overshoot where failures pull against each other. `damping` below 1 multiplies the size of
     an entry's next steps by it whenever the sign of its gradient turned, as Rprop does (Riedmiller and Braun, 1993);
@@ -72,7 +72,9 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         if prior is None:
             return
         if prior.shape != param.shape:
-            raise ValueError(f"A prior of shape {tuple(prior.shape)} does not fit a parameter of {tuple(param.shape)}.")
+            raise ValueError(
+                f"A prior of shape {tuple(prior.shape)} does not fit a parameter of {tuple(param.shape)}."
+            )
         # Algorithm 1 reads nothing of the prior but its magnitude
         self.state[param]["prior"] = prior.detach().abs().to(param.device, param.dtype)
 

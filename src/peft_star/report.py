@@ -142,7 +142,9 @@ class RepairReport:
     def success(self) -> bool:
         """Every failure solved, every failing row right by every check made, and nothing retained broken."""
         repaired = all(
-            row.exact_after and row.generation_exact_after is not False for row in self.rows if row.source == "failures"
+            row.exact_after and row.generation_exact_after is not False
+            for row in self.rows
+            if row.source == "failures"
         )
         retained = not any(token.source == "retain" for token in self.broken)
         retained = retained and not any(row.broken for row in self.rows if row.source == "retain")
@@ -236,8 +238,9 @@ class RepairReport:
         if self.broken:
             lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
             lines += [
-                f"| {item.source} | {item.row} | {_code(item.context)} | {_code(item.expected)} | {_code(item.after)} |"
-                for item in self.broken[:max_rows]
+                f"| {token.source} | {token.row} | {_code(token.context)} | {_code(token.expected)} "
+                f"| {_code(token.after)} |"
+                for token in self.broken[:max_rows]
             ]
             lines.append("")
         if self.layers:
@@ -274,7 +277,8 @@ class RepairReport:
         left.set_xlabel("p(expected) − largest other probability: before (gray), after")
         more = len(self.failures) - len(shown)
         left.set_title(
-            f"{self.num_solved} of {len(self.failures)} failing tokens solved" + (f" ({more} not shown)" if more else "")
+            f"{self.num_solved} of {len(self.failures)} failing tokens solved"
+            + (f" ({more} not shown)" if more else "")
         )
         right.barh(range(len(self.layers)), [item.delta_norm for item in self.layers], color="tab:blue")
         right.set_yticks(

@@ -69,7 +69,9 @@ def semantic_bases(model: nn.Module) -> SemanticBases:
 
         backend = resolve_quantization_backend(head)
         if backend is None or not backend.supports_merge:
-            raise ValueError("The LM head is quantised in a form that cannot be read; keep the head in floating point.")
+            raise ValueError(
+                "The LM head is quantised in a form that cannot be read; keep the head in floating point."
+            )
         return SemanticBases(backend.get_base_weight(head))
     key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype)
     cached = _CACHE.get(head)
