@@ -8,6 +8,7 @@ from .arguments import RepairArguments  # noqa: E402
 from .callbacks import RepairCallback, RepairState  # noqa: E402
 from .config import StarConfig  # noqa: E402
 from .export import export_lora  # noqa: E402
+from .fingerprint import fingerprint  # noqa: E402
 from .layer import Linear, StarLayer  # noqa: E402
 from .model import StarModel  # noqa: E402
 from .patch import PriorGuidedSGD  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "StarLayer",
     "StarModel",
     "export_lora",
+    "fingerprint",
     "prepare",
     "repair",
 ]

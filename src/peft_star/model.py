@@ -16,6 +16,7 @@ from torch import nn
 
 from . import structure
 from .config import StarConfig
+from .fingerprint import warn_of_other_base
 from .layer import INDEX_DTYPE, Linear, StarLayer, check_delta, check_neurons, resolve_num_neurons
 
 # what wrappers insert into module names; `neurons_per_module` speaks of the names without them
@@ -143,8 +144,9 @@ class StarModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = self._star_layers(adapter_name)
-        _record_widths(self.peft_config[adapter_name], {_plain_name(n): x.in_features for n, x in layers.items()})
+        config, layers = self.peft_config[adapter_name], self._star_layers(adapter_name)
+        warn_of_other_base(self.model, config)
+        _record_widths(config, {_plain_name(n): x.in_features for n, x in layers.items()})
 
     def _create_and_replace(
         self,
