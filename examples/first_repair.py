@@ -12,9 +12,8 @@ HERE = Path(__file__).parent
 failures, retain = read_rows(HERE / "failures.jsonl"), read_rows(HERE / "retain.jsonl")
 
 base, tokenizer = load_model(demo_model_path())  # or any Hub id, directory or .gguf file
-model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=256, num_layers=8))
-# twelve failures in one patch: smaller steps than the default, and more of them
-report = repair(model, tokenizer, failures, RepairArguments(learning_rate=3e-3, max_steps=40), retain=retain)
+model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=64))
+report = repair(model, tokenizer, failures, RepairArguments(learning_rate=1e-2, max_steps=10), retain=retain)
 print(report.to_markdown())
 model.save_pretrained(HERE / "first-patch")
 

@@ -28,7 +28,7 @@ ROWS = [
     {"prompt": "w7 w8 w30 w31", "completion": " w40"},
 ]
 RETAIN = [{"prompt": "w50 w51", "completion": " w52 w53 w54"}]
-QUIET = {"disable_tqdm": True, "max_steps": 40, "learning_rate": 0.05}
+QUIET = {"disable_tqdm": True, "max_steps": 40, "learning_rate": 0.05, "norm": "rms"}
 
 
 def word_tokenizer():

@@ -57,8 +57,7 @@ def run_demo(output: Path, *, overwrite: bool = False, as_json: bool = False) ->
         console.print(f"\n{escape(row['prompt'])}[bold red]{escape(text)}[/]", soft_wrap=True)
 
     console.rule("2. Repair: locate the neurons, solve the prior, patch, verify", align="left")
-    # smaller steps than the default: several failures at once leave less room for overshooting what is retained
-    arguments = RepairArguments(learning_rate=5e-3, max_steps=20, disable_tqdm=True)
+    arguments = RepairArguments(disable_tqdm=True)
     with progress(as_json) as callback, quiet():
         model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
         report = repair(model, tokenizer, failures, arguments, retain=retained, callbacks=[callback])

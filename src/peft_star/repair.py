@@ -27,7 +27,8 @@ from .locate import (
 )
 from .model import StarModel
 from .patch import PatchOutcome, patch_neurons
-from .report import CONTEXT_CHARACTERS, BrokenToken, FailureRecord, PatchedLayer, RepairReport, RowRecord
+from .records import Records
+from .report import PatchedLayer, RepairReport
 from .semantics import semantic_bases, semantic_delta
 from .solve import solve_prior
 from .trace import Predictions, Trace, trace
@@ -423,7 +424,7 @@ class _Session:
             after_retained = teacher_forced(self.base, retain_batches) if retained else None
             generated = self._generate(rows, retained) if self.args.verify_generation and not interrupted else {}
         report = RepairReport(
-            failures=self._failure_records(rows, before.rows, after),
+            failures=[],
             rows=[],
             broken=[],
             layers=self._patched_layers(),
@@ -440,85 +441,12 @@ class _Session:
             ("retain", retained, before.retained, after_retained),
         ):
             if items:
-                report.rows += self._row_records(source, items, was, now, before.generated, generated)
-                report.broken += self._broken_records(source, items, was, now)
+                records = Records(source, items, was, now, self.tokenizer)
+                report.rows += records.of_rows(before.generated.get(source), generated.get(source))
+                report.broken += records.broken()
+                if source == "failures":
+                    report.failures = records.failures()
         return report
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def _context(self, row: Row, position: int) -> str:
-        return self._text(row.input_ids[max(0, position - 31) : position + 1])[-CONTEXT_CHARACTERS:]
-
-    def _slots(self, rows: Sequence[Row]):
-        """(row, position of the medium token, slot) of every completion token."""
-        for row, start in zip(rows, completion_offsets(rows)):
-            for slot, position in enumerate(row.medium_positions, start=start):
-                yield row, position, slot
-
-    def _failure_records(self, rows, before: Predictions, after: Predictions) -> list[FailureRecord]:
-        records = []
-        for row, position, slot in self._slots(rows):
-            if before.right[slot]:
-                continue
-            expected, was, now = (int(ids[slot]) for ids in (before.expected, before.argmax, after.argmax))
-            records.append(
-                FailureRecord(
-                    row=row.index,
-                    position=position,
-                    context=self._context(row, position),
-                    expected=self._text([expected]),
-                    expected_id=expected,
-                    before=self._text([was]),
-                    before_id=was,
-                    after=self._text([now]),
-                    after_id=now,
-                    gap_before=float(before.margin[slot]),
-                    gap_after=float(after.margin[slot]),
-                    solved=now == expected,
-                )
-            )
-        return records
-
-    def _broken_records(self, source: str, rows, before: Predictions, after: Predictions) -> list[BrokenToken]:
-        return [
-            BrokenToken(
-                source=source,
-                row=row.index,
-                position=position,
-                context=self._context(row, position),
-                expected=self._text([int(before.expected[slot])]),
-                expected_id=int(before.expected[slot]),
-                after=self._text([int(after.argmax[slot])]),
-                after_id=int(after.argmax[slot]),
-            )
-            for row, position, slot in self._slots(rows)
-            if before.right[slot] and not after.right[slot]
-        ]
-
-    def _row_records(self, source, rows, before, after, generated_before, generated_after) -> list[RowRecord]:
-        records = []
-        for number, (row, start) in enumerate(zip(rows, completion_offsets(rows))):
-            slots = slice(start, start + len(row.completion_ids))
-            right_before, right_after = int(before.right[slots].sum()), int(after.right[slots].sum())
-            record = RowRecord(
-                source=source,
-                row=row.index,
-                prompt=row.prompt,
-                completion=row.completion,
-                tokens=len(row.completion_ids),
-                right_before=right_before,
-                right_after=right_after,
-                exact_before=right_before == len(row.completion_ids),
-                exact_after=right_after == len(row.completion_ids),
-            )
-            for when, generated in (("before", generated_before), ("after", generated_after)):
-                if generated:
-                    ids = generated[source][number]
-                    setattr(record, f"generated_{when}", self._text(ids))
-                    setattr(record, f"generation_exact_{when}", ids == row.completion_ids)
-            records.append(record)
-        return records
 
     def _patched_layers(self) -> list[PatchedLayer]:
         layers = []
