@@ -104,10 +104,11 @@ class StarConfig(PeftConfig):
             The number of neurons of single modules, which overrides `num_neurons`. Keys are the full names of modules
             in the base model. A repair records it when modules hold different numbers, so that loading the patch
             creates tensors of the right shapes.
-        in_features (`Optional[Union[int, dict[str, int]]]`, *optional*):
-            How many neurons the target modules have in all: one number, or one by full module name where they differ.
-            It is recorded when the adapter is created, so that a patch can be converted without its base model;
-            setting it has no effect.
+        in_features (`Optional[Union[int, list[int], dict]]`, *optional*):
+            How many neurons the target modules have in all: a number, for routed experts the list of the number of
+            experts and of the neurons in each, or a dict of these by full module name where they differ. It is
+            recorded when the adapter is created, so that a patch can be converted without its base model; setting it
+            has no effect.
         base_fingerprint (`Optional[str]`, *optional*):
             What [`fingerprint`] says of the base weights that the patch was solved for. A repair records it; loading
             the patch onto other weights warns.
@@ -211,7 +212,7 @@ class StarConfig(PeftConfig):
             )
         },
     )
-    in_features: int | dict[str, int] | None = field(
+    in_features: int | list[int] | dict[str, int | list[int]] | None = field(
         default=None,
         metadata={
             "help": (
@@ -249,13 +250,7 @@ class StarConfig(PeftConfig):
             raise TypeError(f"`init_weights` should be True or False, got {self.init_weights!r}.")
         if self.neurons_per_module is not None:
             self.neurons_per_module = _check_counts("neurons_per_module", self.neurons_per_module)
-        if isinstance(self.in_features, dict):
-            self.in_features = _check_counts("in_features", self.in_features)
-        elif self.in_features is not None:
-            if isinstance(self.in_features, bool) or not isinstance(self.in_features, int):
-                raise TypeError(f"`in_features` should be an int or a dict, got {self.in_features!r}.")
-            if self.in_features <= 0:
-                raise ValueError(f"`in_features` should be 1 or more, got {self.in_features}.")
+        self._check_in_features()
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
             raise TypeError(f"`base_fingerprint` should be a string, got {self.base_fingerprint!r}.")
 
@@ -291,6 +286,18 @@ class StarConfig(PeftConfig):
         if len(set(indices)) != len(indices):
             raise ValueError(f"`layer_selection` names a layer twice: {indices}.")
         self.layer_selection = sorted(indices)
+
+    def _check_in_features(self) -> None:
+        if self.in_features is None:
+            return
+        widths = self.in_features if isinstance(self.in_features, dict) else {"": self.in_features}
+        for name, width in widths.items():
+            counts = width if isinstance(width, list) and len(width) == 2 else [width]
+            if not isinstance(name, str) or not all(type(count) is int and count > 0 for count in counts):
+                raise ValueError(
+                    "`in_features` should be a number of neurons, a list of the number of experts and of the neurons "
+                    f"in each, or a dict of these by full module name, got {self.in_features!r}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; sets become sorted lists, so that saved files are reproducible."""

@@ -7,6 +7,7 @@ of A (k, m) are one-hot selectors of the neurons and B = deltaᵀ (d, k). With l
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .experts import Experts
 from .layer import StarLayer, check_delta, check_neurons
 from .loading import CONFIG_NAME, WEIGHTS_NAME, find_patch, read_patch_config, read_patch_modules
 from .model import _own_key_list, _plain_name, _select
@@ -104,6 +106,7 @@ def _from_model(model: nn.Module, adapter_name: str) -> _Patch:
         raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; unmerge it before the export.")
     config = configs.get(adapter_name)
     _check_modules_to_save(getattr(config, "modules_to_save", None))
+    _check_routed(name for name, layer in layers.items() if isinstance(layer, Experts))
 
     tensors, widths = {}, {}
     for name, layer in layers.items():
@@ -162,10 +165,20 @@ def _check_modules_to_save(names: Any) -> None:
         )
 
 
+def _check_routed(names: Iterable[str]) -> None:
+    name = next(iter(names), None)
+    if name is not None:
+        raise ValueError(
+            f"The patch holds neurons of routed experts ({name}), for which LoRA has no form that its loaders share; "
+            "merge the patch into its base model instead."
+        )
+
+
 def _widths(directory: Path, config: dict[str, Any], names: list[str]) -> dict[str, int]:
     """The number of neurons of each module: as the patch records it, or else from the base model's configuration."""
     recorded = config.get("in_features")
     widths = recorded if isinstance(recorded, dict) else dict.fromkeys(names, recorded)
+    _check_routed(name for name in names if isinstance(widths.get(name), list))
     if not all(isinstance(widths.get(name), int) for name in names):
         widths = _widths_of_base(config.get("base_model_name_or_path"), names)
     if widths is None:

@@ -128,7 +128,7 @@ class StarLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.star_delta = nn.ParameterDict({})
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._base_shape()
         self.star_neurons = NeuronDict(self.in_features)
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -147,6 +147,10 @@ class StarLayer(BaseTunerLayer):
         # Conv1D stores its weight as (in_features, out_features)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.kwargs = kwargs
+
+    def _base_shape(self) -> tuple[int, int]:
+        """The number of neurons and of outputs of the base layer."""
+        return _get_in_out_features(self.get_base_layer())
 
     @property
     def _neuron_dim(self) -> int:

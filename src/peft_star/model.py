@@ -16,7 +16,9 @@ from torch import nn
 
 from . import structure
 from .config import StarConfig
+from .experts import Experts
 from .fingerprint import warn_of_other_base
+from .hub import keep_own_card
 from .layer import INDEX_DTYPE, Linear, StarLayer, check_delta, check_neurons, resolve_num_neurons
 
 # what wrappers insert into module names; `neurons_per_module` speaks of the names without them
@@ -68,10 +70,29 @@ def _record_counts(config: StarConfig, counts: dict[str, int]) -> None:
         config.neurons_per_module = dict(sorted(counts.items()))
 
 
-def _record_widths(config: StarConfig, widths: dict[str, int]) -> None:
+def _record_widths(config: StarConfig, layers: dict[str, StarLayer]) -> None:
     """Write how many neurons the modules have in all, by plain name, into the config: converting a patch needs it."""
-    values = set(widths.values())
-    config.in_features = next(iter(values)) if len(values) == 1 else dict(sorted(widths.items())) or None
+    widths = {
+        _plain_name(name): [layer.num_experts, layer.neurons_per_expert]
+        if isinstance(layer, Experts)
+        else layer.in_features
+        for name, layer in layers.items()
+    }
+    values = list(widths.values())
+    same = len(values) > 0 and values.count(values[0]) == len(values)
+    config.in_features = values[0] if same else dict(sorted(widths.items())) or None
+
+
+def _neuron_shape(target: nn.Module) -> tuple[int, int]:
+    """(neurons, out_features) of a target module, or a sentence that it cannot be one."""
+    shape = structure.neuron_shape(target)
+    if shape is None:
+        raise TypeError(
+            f"Target module {target} is not supported. Currently, only the following modules are supported: "
+            "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, quantized linear layers, and routed experts with "
+            "a `down_proj` of three dimensions in floating point."
+        )
+    return shape
 
 
 class StarModel(BaseTuner):
@@ -146,7 +167,7 @@ class StarModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config, layers = self.peft_config[adapter_name], self._star_layers(adapter_name)
         warn_of_other_base(self.model, config)
-        _record_widths(config, {_plain_name(n): x.in_features for n, x in layers.items()})
+        _record_widths(config, layers)
 
     def _create_and_replace(
         self,
@@ -189,20 +210,15 @@ class StarModel(BaseTuner):
         num_neurons: int | float,
         name: str,
         **kwargs: Any,
-    ) -> Linear:
+    ) -> StarLayer:
         if isinstance(target, BaseTunerLayer):
             raise ValueError(
                 f"Target module {name} already carries an adapter of another method ({type(target).__name__}). STAR "
                 "does not support nested base layers; merge or delete the other adapter first."
             )
-        shape = structure.linear_shape(target)
-        if shape is None:
-            raise TypeError(
-                f"Target module {target} is not supported. Currently, only the following modules are supported: "
-                "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantized linear layers."
-            )
-        num_neurons = resolve_num_neurons(num_neurons, shape[0], name)
-        return Linear(target, adapter_name, config=star_config, num_neurons=num_neurons, module_name=name, **kwargs)
+        num_neurons = resolve_num_neurons(num_neurons, _neuron_shape(target)[0], name)
+        layer_cls = Linear if structure.routed_shape(target) is None else Experts
+        return layer_cls(target, adapter_name, config=star_config, num_neurons=num_neurons, module_name=name, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, StarLayer) and new_module is child.get_base_layer():
@@ -265,13 +281,7 @@ class StarModel(BaseTuner):
                 raise ValueError(f"The model has no module named {name!r}.")
             if isinstance(target, BaseTunerLayer) and not isinstance(target, StarLayer):
                 raise ValueError(f"Module {name!r} already carries an adapter of another method.")
-            shape = structure.linear_shape(target)
-            if shape is None:
-                raise TypeError(
-                    f"Target module {target} is not supported. Currently, only the following modules are supported: "
-                    "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantized linear layers."
-                )
-            checked[name] = check_neurons(indices, shape[0], name)
+            checked[name] = check_neurons(indices, _neuron_shape(target)[0], name)
         target_modules = self._exact_target_modules(config, checked)
 
         # a new layer takes over how the adapter is kept elsewhere: its dtype, trainability and the switched-off state
@@ -304,7 +314,7 @@ class StarModel(BaseTuner):
         config.layers_pattern = None
         config.exclude_modules = None
         _record_counts(config, {_plain_name(name): indices.numel() for name, indices in checked.items()})
-        _record_widths(config, {_plain_name(name): self.model.get_submodule(name).in_features for name in checked})
+        _record_widths(config, {name: self.model.get_submodule(name) for name in checked})
         self.targeted_module_names = list(self._star_layers())
 
     def _exact_target_modules(self, config: StarConfig, names: Iterable[str]) -> set[str] | str:
@@ -360,6 +370,7 @@ class StarModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        keep_own_card(model)  # PEFT asks for the tensors whenever it saves, and before a push it saves
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # a state dict that was gathered from parameters only lacks the indices, without which the deltas mean nothing
         for name, module in model.named_modules():

@@ -62,6 +62,38 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return int(in_features), int(out_features)
 
 
+def routed_shape(module: nn.Module) -> tuple[int, int, int] | None:
+    """Return (experts, neurons of each, out_features) of routed experts that STAR can adapt, or None.
+
+    These are modules as transformers 5 stores experts: a `down_proj` of shape (experts, d, m), or (experts, m, d), and
+    the attributes by which its expert implementations know the layout. Experts whose output is normalised before
+    they are mixed are left out, since a delta would have to pass through the norm.
+    """
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    down = getattr(module, "down_proj", None)
+    up = getattr(module, "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", None)
+    layout = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "_apply_gate")
+    if not all(hasattr(module, attribute) for attribute in layout) or getattr(module, "has_post_expert_norm", False):
+        return None
+    if getattr(module, "_is_expert_parallel", False):
+        return None
+    for parameter in (down, up):
+        if not isinstance(parameter, nn.Parameter) or parameter.dim() != 3 or not parameter.dtype.is_floating_point:
+            return None
+        if parameter.element_size() < 2:  # 8-bit floats need scales that only the experts' own code knows
+            return None
+    experts, *size = down.shape
+    width, out_features = size if module.is_transposed else reversed(size)
+    return int(experts), int(width), int(out_features)
+
+
+def neuron_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (neurons, out_features) of a module that STAR can adapt, or None; of experts, the neurons of all."""
+    routed = routed_shape(module)
+    return linear_shape(module) if routed is None else (routed[0] * routed[1], routed[2])
+
+
 def _mixes_positions(module: nn.Module) -> bool:
     """Whether `module` is attention, or a mixer that stands in its place, and so holds no FFN."""
     class_name = type(module).__name__.lower()
@@ -96,6 +128,7 @@ class _Layer:
     second: str | None = None  # the name of the second matrix, relative to the layer
     size: int = 0  # number of entries of the second matrix
     experts: str | None = None  # what kind of mixture of experts was found instead
+    hint: str = ""  # how such experts can be named
 
 
 def _find_experts(modules: dict[str, nn.Module], pairs: list[str]) -> str | None:
@@ -132,6 +165,8 @@ def _inspect_layer(name: str, layer: nn.Module) -> _Layer:
     candidates = [candidate for candidate in candidates if candidate[0]] or candidates
 
     found.experts = _find_experts(modules, [candidate[-1] for candidate in candidates])
+    if routed := next((key for key, module in modules.items() if routed_shape(module)), None):
+        found.hint = f" Routed experts such as these can be named: target_modules=[{routed.rpartition('.')[-1]!r}]."
     if candidates:
         _, _, found.size, _, found.second = max(candidates)
     return found
@@ -204,6 +239,6 @@ def find_second_matrices(model: nn.Module) -> dict[str, nn.Module]:
         if layer.experts is not None:
             raise ValueError(
                 f"The FFN of {layer.name} is a mixture of experts stored as {layer.experts}, which STAR cannot choose "
-                f"a second matrix from. {_ADVICE}"
+                f"a second matrix from. {_ADVICE}{layer.hint}"
             )
     return {f"{layer.name}.{layer.second}": layer.module.get_submodule(layer.second) for layer in layers}
