@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .card import LORA_DIR, PLOT_NAME, write_card
 from .console import quiet
-from .loading import REPORT_NAME
+from .loading import CONFIG_NAME, REPORT_NAME
 
 if TYPE_CHECKING:
     from .report import RepairReport
-
-PLOT_NAME = "report.png"
 
 
 def check_output(path: Path, overwrite: bool, marker: str, inputs: tuple[str | Path | None, ...] = ()) -> None:
@@ -39,7 +38,8 @@ def check_output(path: Path, overwrite: bool, marker: str, inputs: tuple[str | P
             raise ValueError(
                 f"{path} holds no {marker}, so --overwrite does not replace it; choose another directory."
             )
-        folder = next((item.name for item in sorted(path.iterdir()) if item.is_dir()), None)
+        folders = (item for item in sorted(path.iterdir()) if item.is_dir())
+        folder = next((item.name for item in folders if not _is_twin(item)), None)
         if folder:
             raise ValueError(f"{path} also holds the directory {folder}, so --overwrite does not replace it.")
         for item in inputs:
@@ -48,6 +48,13 @@ def check_output(path: Path, overwrite: bool, marker: str, inputs: tuple[str | P
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: {existing} is not a directory that you may write to.")
+
+
+def _is_twin(path: Path) -> bool:
+    """Whether a directory in a patch is its LoRA twin, which has to go when the patch does."""
+    return (
+        path.name == LORA_DIR and (path / CONFIG_NAME).is_file() and not any(item.is_dir() for item in path.iterdir())
+    )
 
 
 @contextlib.contextmanager
@@ -82,14 +89,18 @@ def _apply_umask(directory: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
-def save_patch(model: Any, report: RepairReport, path: Path) -> int:
-    """Write a patch with its report, complete or not at all, and return its size in bytes."""
+def save_patch(model: Any, report: RepairReport, path: Path, command: str | None = None) -> int:
+    """Write a patch with its report and card, complete or not at all, and return its size in bytes.
+
+    `command` is what made the patch, for the card.
+    """
     with new_directory(path) as temporary:
         with quiet():
             model.save_pretrained(temporary)
         report.save(temporary / REPORT_NAME)
         with contextlib.suppress(ImportError):  # matplotlib is an extra
             report.plot(temporary / PLOT_NAME)
+        write_card(temporary, command=command)
     return bytes_of(path)
 
 
