@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +95,7 @@ def test_help_and_version_from_a_shell() -> None:
 def test_help_names_every_command(run: Callable[..., Result]) -> None:
     result = run("--help")
     assert result.code == 0
-    for command in ("repair", "inspect", "merge", "demo"):
+    for command in ("repair", "inspect", "merge", "push", "demo"):
         assert command in result.out
         assert run(command, "--help").code == 0
 
@@ -592,84 +589,6 @@ def test_merge_works_for_a_gguf_base(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(smollm2_dir)), expected, atol=0.1)
-
-
-# pushing
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of a Hub as an upload needs; `files` holds what was committed."""
-
-    files: dict[str, bytes]
-    refuse = False
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.refuse:
-            return self.answer({"error": "You have no right to write here"}, 403)
-        if self.path == "/api/repos/create":
-            data = json.loads(body)
-            return self.answer({"url": f"{self.url}/{data.get('organization') or 'me'}/{data['name']}"})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
-            return self.answer({"files": [{**file, "shouldIgnore": False} for file in files]})
-        for line in map(json.loads, body.splitlines()):
-            if line["key"] == "file":
-                self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        self.answer({"commitUrl": f"{self.url}/me/patch/commit/{'0' * 40}", "commitOid": "0" * 40})
-
-    def do_GET(self) -> None:
-        self.answer({"id": "me/patch", "sha": "0" * 40, "siblings": []})
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def answer(self, data: dict[str, Any], status: int = 200) -> None:
-        content = json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    handler = type("TestHub", (Hub,), {"files": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-def test_push_uploads_the_whole_patch(
-    run: Callable[..., Result], hub: type[Hub], tiny_dir: Path, failures: Path, tmp_path: Path
-) -> None:
-    push = ("--push-to-hub", "me/patch", "--token", "hf_test")
-    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", *push, "--json", *SOLVABLE)
-    assert result.code == 0, result.err
-    assert result.json["pushed_to"].endswith("/me/patch")
-    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "patch").iterdir()}
-
-
-def test_a_push_that_is_refused_keeps_the_patch(
-    run: Callable[..., Result], hub: type[Hub], tiny_dir: Path, failures: Path, tmp_path: Path
-) -> None:
-    hub.refuse = True
-    push = ("--push-to-hub", "me/patch", "--token", "hf_test")
-    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", *push, *SOLVABLE)
-    assert result.code == 2
-    assert "could not be pushed to me/patch" in result.err
-    assert "Traceback" not in result.err
-    assert "adapter_config.json" in names(tmp_path / "patch")
 
 
 # pieces

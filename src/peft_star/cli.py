@@ -11,7 +11,9 @@ import contextlib
 import functools
 import json
 import os
+import shlex
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -41,6 +43,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPU
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Where to load MODEL: auto, cuda, cpu ...", show_default="cpu")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository on the Hub a private one.")]
 Token = Annotated[str | None, typer.Option(help="Access token for the Hub (or set HF_TOKEN).", show_default=False)]
 
 
@@ -125,6 +128,7 @@ def repair(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Also upload the patch to this repository on the Hub.")
     ] = None,
+    private: Private = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -133,13 +137,30 @@ def repair(
     Exits with 0 when every failure is solved and nothing retained broke, and with 1 when not.
     """
     from .failures import read_rows
+    from .hub import check_repo_id, check_token
 
     selection = {**_parse_layers(layers), "num_neurons": _parse_amount("--neurons", neurons)}
     check_output(output, overwrite, "adapter_config.json", inputs=(failures, retain, model))
     rows = read_rows(failures)
     retained = read_rows(retain) if retain else None
     if push_to_hub:
-        _check_repo_id(push_to_hub)
+        check_repo_id(push_to_hub)
+        check_token(token)
+    elif private:
+        raise ValueError("--private is about --push-to-hub, which is not given.")
+    options = {
+        "neurons": neurons,
+        "layers": layers,
+        "neuron_pattern": neuron_pattern,
+        "mode": mode,
+        "steps": steps,
+        "lr": lr,
+        "norm": norm,
+        "margin": margin,
+        "no_generate": no_generate,
+        "dtype": dtype,
+        "revision": revision,
+    }
 
     from peft import get_peft_model
 
@@ -155,7 +176,7 @@ def repair(
         verify_generation=not no_generate,
         disable_tqdm=True,  # the progress shown is this module's own
     )
-    config = StarConfig(task_type="CAUSAL_LM", neuron_pattern=neuron_pattern, **selection)
+    config = StarConfig(task_type="CAUSAL_LM", neuron_pattern=neuron_pattern, revision=revision, **selection)
 
     base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
     with quiet():
@@ -166,7 +187,7 @@ def repair(
             report = run_repair(patched, tokenizer, rows, arguments, retain=retained, callbacks=[callback])
         except RepairInterrupted as error:
             report, interrupted = error.report, True
-    size = save_patch(patched, report, output)
+    size = save_patch(patched, report, output, _repair_command(model, failures, retain, options))
 
     result = {**report.to_dict(), "patch": str(output), "bytes": size, "pushed_to": None}
     if not as_json:
@@ -176,8 +197,10 @@ def repair(
         _finish(result, as_json)
         _fail(f"Interrupted; what was finished is in {output}.", EXIT_INTERRUPTED)
     if push_to_hub:
-        result["pushed_to"] = _push(output, push_to_hub, token)
-        stderr_console().print(f"Pushed to {escape(result['pushed_to'])}", soft_wrap=True)
+        try:
+            result["pushed_to"] = _push(output, push_to_hub, as_json, token=token, private=private or None)
+        except (OSError, ValueError) as error:
+            raise OSError(f"The patch is saved in {output}, but could not be pushed. {error}") from error
     _finish(result, as_json)
     if not report.success:
         raise typer.Exit(EXIT_UNSOLVED)
@@ -248,11 +271,14 @@ def merge(
     device_map: DeviceMap = None,
     revision: Revision = None,
     token: Token = None,
+    patch_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the PATCHes on the Hub.", show_default=False)
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write MODEL with PATCHes merged into its weights, as a full model that needs neither peft nor peft_star."""
-    directories = [find_patch(patch, token=token) for patch in patches]
+    directories = [find_patch(patch, revision=patch_revision, token=token) for patch in patches]
     for directory in directories:
         read_patch_config(directory)
     check_output(output, overwrite, "config.json", inputs=(model, *directories))
@@ -268,6 +294,34 @@ def merge(
         count = f"{len(patches)} patch{'es' if len(patches) > 1 else ''}"
         stderr_console().print(f"Merged {count}: {escape(str(output))} ({format_size(size)}).", soft_wrap=True)
     _finish({"model": model, "patches": patches, "output": str(output), "bytes": size}, as_json)
+
+
+@app.command()
+@_command
+def push(
+    patch: Annotated[str, typer.Argument(metavar="PATCH", help="A patch's directory.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="A repository on the Hub, such as you/your-patch.")],
+    private: Private = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made when it is missing.")] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Message of the commit.", show_default=False)
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Add the same patch as a plain LoRA in lora/, for those without peft_star.")
+    ] = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Upload PATCH to the Hub: adapter, card, report, picture and LoRA twin, in one commit.
+
+    The repository is created when it does not exist. Paths of this machine do not go along.
+    """
+    options = {"commit_message": message} if message else {}
+    directory = find_patch(patch, token=token)
+    url = _push(
+        directory, repo, as_json, token=token, private=private or None, revision=revision, lora=lora, **options
+    )
+    _finish({"patch": patch, "repo": repo, "revision": revision, "pushed_to": url}, as_json)
 
 
 @app.command()
@@ -318,16 +372,17 @@ def _parse_layers(text: str) -> dict[str, Any]:
         raise ValueError(f"--layers is {text!r}; indices are whole numbers with commas between them.") from None
 
 
-def _check_repo_id(repo: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+def _repair_command(model: str, failures: Path, retain: Path | None, options: dict[str, Any]) -> str:
+    """The command as a reader can repeat it: options that differ from their defaults, and no path of this machine."""
+    from .card import short_name
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise ValueError(
-            f"{repo!r} is no name for a repository on the Hub; give one such as you/your-patch."
-        ) from None
+    defaults = {name: item.default for name, item in signature(repair).parameters.items()}
+    parts = ["peft-star", "repair", short_name(model), failures.name, "-o", "PATCH"]
+    parts += ["--retain", retain.name] if retain else []
+    for name, value in options.items():
+        if value != defaults[name]:
+            parts += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(parts)
 
 
 def _load(model: str, as_json: bool, **kwargs: Any) -> tuple[Any, Any]:
@@ -335,22 +390,14 @@ def _load(model: str, as_json: bool, **kwargs: Any) -> tuple[Any, Any]:
         return load_model(model, **kwargs)
 
 
-def _push(directory: Path, repo: str, token: str | None) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+def _push(directory: Path, repo: str, as_json: bool, **kwargs: Any) -> str:
+    from .hub import push as push_patch
 
-    api = HfApi(token=token)
-    try:
-        # as a folder: PeftModel.push_to_hub would replace the card and leave out the report
-        url = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=directory, commit_message="Upload a STAR patch")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise OSError(
-            f"The patch is saved in {directory}, but it could not be pushed to {repo}: "
-            f"{lines[-1] if lines else type(error).__name__}"
-        ) from error
-    return str(url)
+    with status(f"Pushing to {repo}", as_json), quiet():
+        url = push_patch(directory, repo, **kwargs)
+    if not as_json:
+        stderr_console().print(f"Pushed to {escape(url)}", soft_wrap=True)
+    return url
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
