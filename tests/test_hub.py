@@ -331,6 +331,29 @@ def model_dir(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def test_the_revision_of_the_base_goes_along(
+    hub: Hub, client: Client, base: str, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    repo = hub.repos[base]
+    build_model(seed=1).save_pretrained(tmp_path / "other")
+    weights = "model.safetensors"
+    repo.commits["1" * 40] = {**repo.files(), weights: (tmp_path / "other" / weights).read_bytes()}
+    repo.branches["v2"] = "1" * 40
+    rows = write_rows("failures.jsonl", ("a b", "cd"))
+    push = ("--push-to-hub", "me/of-v2")
+    client.run("repair", base, rows, "--revision", "v2", "-o", tmp_path / "patch", *push, *SOLVABLE)
+    assert " --revision v2\n" in text(hub, "me/of-v2")
+    assert client.python(
+        LOGITS
+        + """
+import peft_star
+from peft import AutoPeftModelForCausalLM, PeftModel
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/tiny", revision="v2"), "me/of-v2")
+value = torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("me/of-v2")), logits(model))
+"""
+    )
+
+
 def test_a_push_that_is_refused_keeps_the_patch(client: Client, base: str, tmp_path: Path) -> None:
     rows = tmp_path / "failures.jsonl"
     rows.write_text('{"prompt": "a b", "completion": "cd"}\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -161,7 +162,7 @@ def write_card(
         The path of the card.
 
     Raises:
-        ValueError: There is no patch in `directory`, or it is damaged.
+        ValueError: There is no patch in `directory`, or its configuration or report is damaged.
     """
     from .loading import read_patch_config, read_patch_modules
     from .report import RepairReport
@@ -186,13 +187,16 @@ def write_card(
         return path
     if own and command is None:
         command = (_COMMAND.search(text) or [None, None])[1]
+    modules = None
+    with contextlib.suppress(ValueError):  # a card must not cost the repair whose patch it describes
+        modules = read_patch_modules(folder)[0]
     card = model_card(
         config,
         report,
         repo_id=repo_id,
         subfolder=folder.name if folder != directory else None,
         command=command,
-        modules=read_patch_modules(folder)[0] if weights.is_file() else None,
+        modules=modules,
         lora=(directory / LORA_DIR / CONFIG_NAME).is_file(),
         plot=(directory / PLOT_NAME).is_file(),
         metadata=fields,
@@ -291,7 +295,7 @@ def _usage(
         ]
         after = f"It loads {base} and puts the patch on it. "
     else:
-        kind = "AutoModel" + ("" if task == "FEATURE_EXTRACTION" else kind)
+        kind = _auto_class(task)
         if name and name.lower().endswith(".gguf"):
             source = f'"path/to/its/directory", gguf_file="{short_name(name)}"'
         else:
@@ -310,8 +314,13 @@ def _usage(
     return [f"## How to load it\n\nWith `pip install peft-star`:\n\n```python\n{code}\n```\n\n{after}"]
 
 
+def _auto_class(task: str) -> str:
+    # without a task a language model is most likely: it is what can be repaired
+    return "AutoModel" + ("" if task == "FEATURE_EXTRACTION" else _CLASSES.get(task, "ForCausalLM"))
+
+
 def _twin(where: str, base: str | None, task: str) -> list[str]:
-    kind = "AutoModel" + ("" if task == "FEATURE_EXTRACTION" else _CLASSES.get(task, "ForCausalLM"))
+    kind = _auto_class(task)
     code = "\n".join(
         (
             "from peft import PeftModel",

@@ -1,6 +1,6 @@
 """Sharing patches on the Hub: `push` uploads a directory, and `model.push_to_hub` keeps this package's card.
 
-Nothing that names a path of this machine goes along: a base model that is no Hub id is blanked in what is uploaded.
+A patch's own files tell nothing about this machine then: a base model that is no Hub id is blanked in the upload.
 """
 
 from __future__ import annotations
@@ -214,4 +214,6 @@ def _one_sentence(repo_id: str) -> Any:
         # not a kind that httpx, httpx2 and requests share
         if any(word in type(error).__name__.lower() for word in ("connect", "timeout", "network")):
             raise OSError(f"The Hub could not be reached to push to {repo_id}.") from error
+        if isinstance(error, RuntimeError):  # what the client makes of a large file that the Hub did not take
+            raise OSError(f"The Hub did not take {repo_id}: {error}.") from error
         raise
