@@ -1,6 +1,6 @@
 """The sweep behind the default hyper-parameters: norm, learning rate, share of layers, neurons per layer, and more.
 
-    python benchmarks/sweep.py --model MODEL --data DIR --rows 6 --json sweep.json --plot sweep.png
+    python benchmarks/sweep.py --model MODEL --data DIR --rows 5 --json sweep.json --plot sweep.png
 
 One factor at a time around the defaults, a fresh patch for each row (see fresh_patch.py). Finished rows are kept in
 the JSON file: an interrupted run goes on from there.
@@ -30,7 +30,7 @@ OTHERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "neurons": [({"num_neurons": count}, {}) for count in (16, 256, 1.0)],
     "pattern": [({"neuron_pattern": "model-wise"}, {})],
     "ridge": [({}, {"ridge": ridge}) for ridge in (1e-2, 1e-1)],
-    "damping": [({}, {"damping": 1.0})],
+    "damping": [({}, {"damping": 0.5, "growth": 1.0}), ({}, {"damping": 1.0, "growth": 1.0})],
     "occlusion": [({}, {"occlusion": "exact"})],
     "margin": [({}, {"margin": margin}) for margin in (0.0, 0.1)],
 }
@@ -45,7 +45,7 @@ def grid() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
                 settings[f"norm {norm}, lr {rate:g}"] = ({}, {"norm": norm, "learning_rate": rate})
     for name, variants in OTHERS.items():
         for config, arguments in variants:
-            (value,) = [*config.values(), *arguments.values()]
+            value = ", growth ".join(str(value) for value in [*config.values(), *arguments.values()])
             settings[f"{name} {value}"] = (config, arguments)
     return settings
 

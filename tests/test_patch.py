@@ -94,10 +94,23 @@ def test_damping_shrinks_the_steps_of_entries_whose_gradient_turns():
     assert track == [[-1, -1, 8], [-2, -0.5, 4], [-3, -0.5, 0], [-4, 0, 2]]
 
 
-@pytest.mark.parametrize("damping", [0, 1.5, float("nan"), "half"])
-def test_bad_damping_is_refused(damping):
-    with pytest.raises(ValueError, match="damping"):
-        PriorGuidedSGD([parameter([1.0])], damping=damping)
+def test_growth_lengthens_the_steps_of_entries_whose_gradient_stays():
+    param = parameter([0.0, 0.0])
+    optimizer = PriorGuidedSGD([param], lr=1.0, damping=0.5, growth=2.0)
+    track = []
+    for gradient in ([1.0, 1.0], [1.0, 1.0], [1.0, -1.0], [0.0, -1.0], [1.0, -1.0]):
+        param.grad = torch.tensor(gradient)
+        optimizer.step()
+        track.append(param.tolist())
+    assert track == [[-1, -1], [-3, -3], [-7, -2], [-7, 0], [-11, 4]]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"damping": 0}, {"damping": 1.5}, {"damping": "half"}, {"growth": 0.9}, {"growth": float("nan")}]
+)
+def test_bad_factors_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        PriorGuidedSGD([parameter([1.0])], **setting)
 
 
 @pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), "fast"])

@@ -392,6 +392,7 @@ def test_bad_settings_are_refused_before_anything_happens(tokenizer):
         ("learning_rate", "fast"),
         ("damping", 0.0),
         ("damping", 1.01),
+        ("growth", 0.99),
         ("max_steps", 0),
         ("max_steps", 1.5),
         ("max_steps", True),

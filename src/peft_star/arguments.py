@@ -41,8 +41,8 @@ class RepairArguments:
     Args:
         learning_rate (`float`): The factor of Algorithm 1 (paper section 3.3): each step moves a parameter by
             `learning_rate` times the prior's magnitude.
-        damping (`float`): Factor of an entry's step size whenever its gradient's sign turns; 1 is Algorithm 1 to the
-            letter (see [`PriorGuidedSGD`]).
+        damping, growth (`float`): Factors of an entry's step size when its gradient's sign turns, and when it stays;
+            1 and 1 are Algorithm 1 to the letter (see [`PriorGuidedSGD`]).
         max_steps (`int`): At most this many steps for one set of failures (paper section 4.4: 10).
         mode (`str`): `"multiple"` solves all failures together with one prior; `"single"` solves them one after the
             other, each with a prior of its own (paper section 4, RQ1).
@@ -65,6 +65,7 @@ class RepairArguments:
 
     learning_rate: float = field(default=1e-2, metadata={"help": "Step factor of Algorithm 1."})
     damping: float = field(default=0.5, metadata={"help": "Step size factor where a gradient's sign turns."})
+    growth: float = field(default=1.2, metadata={"help": "Step size factor where a gradient's sign stays."})
     max_steps: int = field(default=10, metadata={"help": "At most this many steps per set of failures."})
     mode: str = field(default="multiple", metadata={"help": "'multiple' or 'single'."})
     norm: str = field(default="std", metadata={"help": "Norm of the semantic delta (equation 1)."})
@@ -79,6 +80,7 @@ class RepairArguments:
     def __post_init__(self) -> None:
         _finite("learning_rate", self.learning_rate, above=0)
         _finite("damping", self.damping, above=0, at_most=1)
+        _finite("growth", self.growth, at_least=1)
         _finite("ridge", self.ridge, at_least=0)
         _finite("margin", self.margin, at_least=0, below=1)
         for name in ("max_steps", "max_rounds", "max_batch_tokens"):

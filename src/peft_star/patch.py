@@ -23,19 +23,20 @@ class PriorGuidedSGD(torch.optim.Optimizer):
     the attribute `param.star_prior` that [`prepare`] sets on the deltas of a STAR adapter. A parameter without a
     prior has magnitude 1 everywhere, which makes the update sign descent.
 
-    Steps of constant size overshoot where failures pull against each other. `damping` below 1 multiplies the size of
-    an entry's next steps by it whenever the sign of its gradient turned, as Rprop does (Riedmiller and Braun, 1993);
-    1 is Algorithm 1 to the letter.
+    Steps of constant size overshoot where failures pull against each other, and dawdle where they agree. As in Rprop
+    (Riedmiller and Braun, 1993; `etas` of `torch.optim.Rprop`), each entry's step size is multiplied by `damping`
+    when the sign of its gradient turns and by `growth` when it stays; with 1 and 1 it is Algorithm 1 to the letter.
 
     Args:
         params: Parameters or parameter groups, as for every PyTorch optimiser.
         lr (`float`): The factor η.
-        damping (`float`): Factor of an entry's step size at each turn of its gradient's sign, in (0, 1].
+        damping (`float`): Factor of an entry's step size when its gradient's sign turns, in (0, 1].
+        growth (`float`): Factor of an entry's step size when its gradient's sign stays, at least 1.
         priors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*): Priors by parameter, each of its parameter's shape.
 
     Raises:
-        ValueError: `lr` is not a positive number, `damping` is not in (0, 1], or a prior has another shape than its
-            parameter.
+        ValueError: `lr` is not a positive number, `damping` is not in (0, 1], `growth` is less than 1, or a prior has
+            another shape than its parameter.
 
     Example:
 
@@ -53,12 +54,15 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         priors: Mapping[torch.Tensor, torch.Tensor] | None = None,
         *,
         damping: float = 1.0,
+        growth: float = 1.0,
     ):
         if not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
             raise ValueError(f"`lr` is {lr!r}; give a finite number greater than 0.")
         if not isinstance(damping, (int, float)) or not 0 < damping <= 1:
             raise ValueError(f"`damping` is {damping!r}; give a number greater than 0 and at most 1.")
-        super().__init__(params, {"lr": lr, "damping": damping})
+        if not isinstance(growth, (int, float)) or not 1 <= growth < float("inf"):
+            raise ValueError(f"`growth` is {growth!r}; give a finite number of at least 1.")
+        super().__init__(params, {"lr": lr, "damping": damping, "growth": growth})
         for group in self.param_groups:
             own = group.pop("prior", None)
             if own is not None and len(group["params"]) != 1:
@@ -94,16 +98,21 @@ class PriorGuidedSGD(torch.optim.Optimizer):
                     self._set_prior(param, None)
                 sign = param.grad.sign()
                 update = sign * state["prior"] if "prior" in state else sign
-                if group["damping"] < 1:
-                    if "sign" in state:
-                        turned = sign * state["sign"] < 0
-                        state["size"] = state["size"].where(~turned, state["size"] * group["damping"])
-                    else:
-                        state["size"] = torch.ones_like(sign)
-                    state["sign"] = sign
-                    update = update * state["size"]
+                if (group["damping"], group["growth"]) != (1, 1):
+                    update = update * self._step_size(state, sign, group["damping"], group["growth"])
                 param.sub_(update.to(param.dtype), alpha=group["lr"])
         return loss
+
+    @staticmethod
+    def _step_size(state: dict, sign: torch.Tensor, damping: float, growth: float) -> torch.Tensor:
+        if "sign" not in state:
+            state["size"] = torch.ones_like(sign)
+        else:
+            agreement = sign * state["sign"]
+            factor = torch.ones_like(sign).masked_fill_(agreement < 0, damping).masked_fill_(agreement > 0, growth)
+            state["size"] = state["size"] * factor
+        state["sign"] = sign
+        return state["size"]
 
 
 @dataclass
@@ -125,6 +134,7 @@ def patch_neurons(
     *,
     learning_rate: float,
     damping: float,
+    growth: float,
     max_steps: int,
     margin: float,
     retain: Callable[[], Sequence[tuple[Batch, torch.Tensor]]] | None = None,
@@ -142,11 +152,11 @@ def patch_neurons(
         gradients: ∂L/∂delta of the trace, for a first step without another pass; None: computed.
         medium: Slots (n) of the failures.
         right_before: Which of the S completion tokens are right before the patch.
-        learning_rate, damping, max_steps, margin: See [`RepairArguments`].
+        learning_rate, damping, growth, max_steps, margin: See [`RepairArguments`].
         retain: Called once the failures are solved; gives retained batches with a mask (N) of tokens that broke.
         on_step: Called with the step, the failures solved, and the loss.
     """
-    optimizer = PriorGuidedSGD(deltas, lr=learning_rate, damping=damping)
+    optimizer = PriorGuidedSGD(deltas, lr=learning_rate, damping=damping, growth=growth)
     is_medium = torch.zeros_like(right_before)
     is_medium[medium] = True
     best: tuple[tuple[int, int], list[torch.Tensor], Predictions, int] | None = None

@@ -329,6 +329,7 @@ class _Session:
                     right_before,
                     learning_rate=self.args.learning_rate,
                     damping=self.args.damping,
+                    growth=self.args.growth,
                     max_steps=self.args.max_steps,
                     margin=self.args.margin,
                     retain=retain,
