@@ -32,12 +32,13 @@ class Repo:
 
 
 class Hub:
-    """The server. `repos` holds what was pushed, `messages` the messages of the commits."""
+    """The server. `repos` holds what was pushed, `messages` those of the commits; when `full`, no large file fits."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.messages: list[str] = []
+        self.full = False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -151,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": objects})
 
     def store(self, oid: str) -> None:
+        if self.hub.full:
+            raise Refusal(403, "Storage limit reached", "")
         self.hub.large[oid] = self.body
         self.answer({})
 

@@ -325,6 +325,15 @@ def test_what_is_refused(hub: Hub, client: Client, local: Callable[..., Path], b
     assert set(hub.repos) == repos
 
 
+def test_a_large_file_that_does_not_fit(hub: Hub, client: Client, local: Callable[..., Path]) -> None:
+    patch = local(num_neurons=5)
+    hub.full = True
+    try:
+        assert "The Hub did not take me/full-hub" in client.refuse("push", patch, "me/full-hub")
+    finally:
+        hub.full = False
+
+
 def model_dir(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
