@@ -132,6 +132,22 @@ def test_a_second_repair_builds_on_the_first(tokenizer):
     assert again.success and not again.failures and again.steps == 0
 
 
+def test_a_patch_is_built_upon_only_on_the_base_that_it_was_solved_for(tmp_path, tokenizer):
+    arguments = RepairArguments(**QUIET)
+    model = star()
+    repair(model, tokenizer, ROWS[:1], arguments)
+    model.save_pretrained(tmp_path)
+    assert StarConfig.from_pretrained(tmp_path).base_fingerprint == peft_star.fingerprint(decided())
+    with pytest.warns(UserWarning):
+        other = PeftModel.from_pretrained(decided(seed=1), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match="solved for other weights"):
+        repair(other, tokenizer, ROWS[1:], arguments)
+    with pytest.warns(UserWarning):
+        repair(other, tokenizer, ROWS[1:], RepairArguments(allow_other_base=True, **QUIET))
+    same = PeftModel.from_pretrained(decided(), tmp_path, is_trainable=True)
+    assert repair(same, tokenizer, ROWS[1:], arguments, retain=ROWS[:1]).success
+
+
 def test_each_step_moves_a_delta_by_the_rate_times_the_priors_magnitude(tokenizer):
     model, same = star(), star()
     priors = prepare(same, tokenizer, ROWS)

@@ -57,6 +57,7 @@ class RepairArguments:
         max_rounds (`int`): In `"single"` mode, how often failures that a later patch undid are taken up again.
         max_batch_tokens (`int`): Tokens (padding included) of one forward-backward.
         verify_generation (`bool`): Also generate greedily before and after, and compare with the completions.
+        allow_other_base (`bool`): Build upon a patch although it was solved for other base weights.
         disable_tqdm (`bool`): No progress bars.
 
     Raises:
@@ -75,6 +76,7 @@ class RepairArguments:
     max_rounds: int = field(default=3, metadata={"help": "Rounds over the failures in 'single' mode."})
     max_batch_tokens: int = field(default=2048, metadata={"help": "Tokens of one forward-backward."})
     verify_generation: bool = field(default=True, metadata={"help": "Compare greedy generation before and after."})
+    allow_other_base: bool = field(default=False, metadata={"help": "Build upon a patch of other base weights."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
     def __post_init__(self) -> None:

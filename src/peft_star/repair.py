@@ -17,6 +17,7 @@ from .arguments import RepairArguments
 from .batch import Batch, completion_offsets, make_batches
 from .callbacks import Journal, RepairCallback
 from .failures import Row, encode_rows
+from .fingerprint import check_base, fingerprint
 from .locate import (
     count_of,
     exact_occlusion,
@@ -156,6 +157,7 @@ class _Session:
             raise ValueError(f"The target module {orphan} lies in no decoder layer; leave it out of `target_modules`.")
         self.decoder_layers = {name: layers[name] for name in layers if name in set(self.decoder_of.values())}
         self._check_widths()
+        check_base(self.base, self.config, allow_mismatch=args.allow_other_base)
         self.occlusion: dict[str, Any] = {}
         self.steps = 0
 
@@ -390,6 +392,7 @@ class _Session:
                     self._single(rows, before.rows, retain)
             except KeyboardInterrupt as error:
                 interrupted = error
+            self.config.base_fingerprint = fingerprint(self.base)
             report = self._report(rows, retained, row_batches, retain_batches, before, interrupted is not None)
         self.journal.call("on_repair_end")
         if interrupted is not None:
