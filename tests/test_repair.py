@@ -217,6 +217,32 @@ def test_datasets_and_chat_messages(tokenizer):
     assert report.success and report.rows[0].completion.split() == ["w20", "w21"]
 
 
+@pytest.mark.parametrize("mode", ["multiple", "single"])
+def test_routed_experts_are_located_patched_and_saved(tmp_path, mode, tokenizer):
+    import transformers
+
+    def mixture():
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            model.model.norm.weight.fill_(50)
+        return model
+
+    config = StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0, target_modules=["experts"])
+    model = get_peft_model(mixture(), config)
+    report = repair(model, tokenizer, ROWS, RepairArguments(mode=mode, **QUIET))
+    assert report.success and report.failures
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mixture(), tmp_path)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_patterns_and_selections(tokenizer):
     arguments = RepairArguments(**QUIET)
     by_list = repair(star(layer_selection=[2, 0]), tokenizer, ROWS, arguments)

@@ -219,7 +219,13 @@ class _Session:
     # the operations
 
     def trace(self, batches: Sequence[Batch], only: torch.Tensor | None = None) -> Trace:
-        ffns = {name: self.layer(name) for name in self.candidates}
+        # a mixture's experts show their activations through a module of their own, which only the adapter has
+        modules = {name: self.layer(name) for name in self.candidates}
+        ffns = {
+            name: getattr(module, "second", module)
+            for name, module in modules.items()
+            if hasattr(module, "second") or structure.routed_shape(module) is None
+        }
         with self.journal.phase("trace", sum(len(batch.items) for batch in batches)):
             return trace(
                 self.base,
