@@ -170,6 +170,7 @@ def test_a_repair_from_the_hub_to_the_hub(hub: Hub, pushed: Path) -> None:
     assert "base_model: me/tiny\n" in card and "pipeline_tag: text-generation" in card
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/patch")' in card
     assert "peft-star repair me/tiny failures.jsonl -o PATCH --neurons 32 --steps 200 --lr 0.05\n" in card
+    assert "`star1:" in card  # the fingerprint of the base
     assert hub.messages == ["Upload a STAR patch"]  # one commit
 
 

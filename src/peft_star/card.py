@@ -124,7 +124,7 @@ def model_card(
         )
     where = repo_id or "path/to/this/directory"
     sections += _usage(where, base, name, read("revision"), task, subfolder)
-    sections += _twin(where, base, task) if lora else []
+    sections += _twin(where, base, name, read("revision"), task) if lora else []
     if report:
         sections += _repaired(report, plot) + _damage(report)
     if command:
@@ -296,16 +296,11 @@ def _usage(
         after = f"It loads {base} and puts the patch on it. "
     else:
         kind = _auto_class(task)
-        if name and name.lower().endswith(".gguf"):
-            source = f'"path/to/its/directory", gguf_file="{short_name(name)}"'
-        else:
-            at = f', revision="{revision}"' if base and revision else ""
-            source = f'"{base or "path/to/the/base-model"}"{at}'
         lines += [
             "from peft import PeftModel",
             f"from transformers import {kind}",
             "",
-            f"base = {kind}.from_pretrained({source})",
+            f"base = {kind}.from_pretrained({_source(base, name, revision)})",
             f'model = PeftModel.from_pretrained(base, "{where}"{inside})',
         ]
         after = ""
@@ -314,19 +309,27 @@ def _usage(
     return [f"## How to load it\n\nWith `pip install peft-star`:\n\n```python\n{code}\n```\n\n{after}"]
 
 
+def _source(base: str | None, name: str | None, revision: str | None) -> str:
+    """The arguments with which transformers loads the base model."""
+    if not base and name and name.lower().endswith(".gguf"):
+        return f'"path/to/its/directory", gguf_file="{short_name(name)}"'
+    at = f', revision="{revision}"' if base and revision else ""
+    return f'"{base or "path/to/the/base-model"}"{at}'
+
+
 def _auto_class(task: str) -> str:
     # without a task a language model is most likely: it is what can be repaired
     return "AutoModel" + ("" if task == "FEATURE_EXTRACTION" else _CLASSES.get(task, "ForCausalLM"))
 
 
-def _twin(where: str, base: str | None, task: str) -> list[str]:
+def _twin(where: str, base: str | None, name: str | None, revision: str | None, task: str) -> list[str]:
     kind = _auto_class(task)
     code = "\n".join(
         (
             "from peft import PeftModel",
             f"from transformers import {kind}",
             "",
-            f'base = {kind}.from_pretrained("{base or "path/to/the/base-model"}")',
+            f"base = {kind}.from_pretrained({_source(base, name, revision)})",
             f'model = PeftModel.from_pretrained(base, "{where}", subfolder="{LORA_DIR}")',
         )
     )
