@@ -611,3 +611,17 @@ def test_a_new_directory_is_gone_when_its_block_fails(tmp_path: Path) -> None:
         (directory / "file").touch()
         raise RuntimeError
     assert names(tmp_path) == []
+
+
+def test_merge_refuses_a_patch_of_other_weights_unless_told(
+    run: Callable[..., Result], patch: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    build_model(seed=1).save_pretrained(tmp_path / "other")
+    build_tokenizer().save_pretrained(tmp_path / "other")
+    refused = run("merge", tmp_path / "other", patch, "-o", tmp_path / "merged")
+    assert refused.code == 2 and "solved for other weights" in refused.err and "--allow-other-base" in refused.err
+    assert not (tmp_path / "merged").exists()
+    with pytest.warns(UserWarning, match="other weights"):
+        told = run("merge", tmp_path / "other", patch, "-o", tmp_path / "merged", "--allow-other-base")
+    assert told.code == 0
+    assert run("merge", tiny_dir, patch, patch, "-o", tmp_path / "right").code == 0

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from .arguments import RepairArguments
 from .console import format_size, print_report, progress, quiet, status, stderr_console
-from .loading import REPORT_NAME, find_patch, load_model, load_patch, read_patch_config, read_patch_modules
+from .loading import REPORT_NAME, check_fit, find_patch, load_model, load_patch, read_patch_config, read_patch_modules
 from .output import bytes_of, check_output, new_directory, save_patch
 
 EXIT_OK, EXIT_UNSOLVED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -274,15 +274,27 @@ def merge(
     patch_revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of the PATCHes on the Hub.", show_default=False)
     ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Merge PATCHes that were solved for other weights, too.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write MODEL with PATCHes merged into its weights, as a full model that needs neither peft nor peft_star."""
     directories = [find_patch(patch, revision=patch_revision, token=token) for patch in patches]
-    for directory in directories:
-        read_patch_config(directory)
+    configs = [read_patch_config(directory) for directory in directories]
     check_output(output, overwrite, "config.json", inputs=(model, *directories))
     base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
+
+    from .fingerprint import check_base
+
+    # before the first merge: a merged patch is a change of the base, too
+    for patch, directory, config in zip(patches, directories, configs, strict=True):
+        check_fit(base, directory, patch)
+        try:
+            check_base(base, config, allow_mismatch=allow_other_base)
+        except ValueError as error:
+            raise ValueError(f"{patch}: {error} (--allow-other-base merges it all the same.)") from error
     for number, directory in enumerate(directories):
         patched = load_patch(base, directory, f"patch{number}")
         base = patched.merge_and_unload(safe_merge=True)

@@ -102,7 +102,7 @@ def load_patch(
 
     directory = find_patch(patch, revision=revision, token=token)
     read_patch_config(directory)
-    _check_fit(model, directory, str(patch))
+    check_fit(model, directory, str(patch))
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(str(directory), adapter_name)
@@ -334,7 +334,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     model.is_quantized = False
 
 
-def _check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) -> None:
+def check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) -> None:
     """Compare the patch's tensors with the model's layers, before anything of the model is touched."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = dict(base.named_modules())

@@ -18,6 +18,7 @@ from .batch import Batch, completion_offsets, make_batches
 from .callbacks import Journal, RepairCallback
 from .failures import Row, encode_rows
 from .fingerprint import check_base, fingerprint
+from .hub import remember_report
 from .locate import (
     count_of,
     exact_occlusion,
@@ -400,6 +401,7 @@ class _Session:
                 interrupted = error
             self.config.base_fingerprint = fingerprint(self.base)
             report = self._report(rows, retained, row_batches, retain_batches, before, interrupted is not None)
+        remember_report(self.model, self.adapter, report)
         self.journal.call("on_repair_end")
         if interrupted is not None:
             raise RepairInterrupted(report) from interrupted
