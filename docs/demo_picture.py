@@ -1,0 +1,30 @@
+"""Draw docs/demo.svg, the README's picture of what `peft-star demo` prints: python docs/demo_picture.py"""
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+WIDTH = 104
+
+
+def main() -> None:
+    environment = {**os.environ, "FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "COLUMNS": str(WIDTH)}
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "peft_star", "demo", "--output", f"{directory}/peft-star-demo"]
+        printed = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=True).stderr
+    printed = printed.replace(f"{directory}/", "").replace("\r", "")
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
+    console.print(Text.from_ansi(printed))
+    target = Path(__file__).parent / "demo.svg"
+    target.write_text(console.export_svg(title="peft-star demo"))
+    print(f"Wrote {target}.")
+
+
+if __name__ == "__main__":
+    main()
