@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import StarConfig
+from .quantized import readable
 
 INDEX_DTYPE = torch.int32
 
@@ -194,6 +195,10 @@ class StarLayer(BaseTunerLayer):
         if adapter_name in self.star_neurons and self.star_neurons[adapter_name].is_meta:
             return
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def get_base_weight(self) -> torch.Tensor:
+        with readable(self.get_base_layer()):
+            return super().get_base_weight()
 
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.star_delta:

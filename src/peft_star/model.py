@@ -20,6 +20,7 @@ from .experts import Experts
 from .fingerprint import warn_of_other_base
 from .hub import keep_own_card
 from .layer import INDEX_DTYPE, Linear, StarLayer, check_delta, check_neurons, resolve_num_neurons
+from .quantized import mend_packing
 
 # what wrappers insert into module names; `neurons_per_module` speaks of the names without them
 _WRAPPER_PREFIXES = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
@@ -167,6 +168,7 @@ class StarModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config, layers = self.peft_config[adapter_name], self._star_layers(adapter_name)
         warn_of_other_base(self.model, config)
+        mend_packing(self.model)
         _record_widths(config, layers)
 
     def _create_and_replace(

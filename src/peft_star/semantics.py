@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .quantized import read_weight
+
 CHUNK = 8192
 
 
@@ -64,15 +66,13 @@ def semantic_bases(model: nn.Module) -> SemanticBases:
     weight = getattr(head, "weight", None)
     if weight is None:
         raise ValueError(f"{type(model).__name__} has no LM head; a repair needs a causal language model.")
-    if not weight.is_floating_point() or weight.ndim != 2:
-        from peft.utils import resolve_quantization_backend
-
-        backend = resolve_quantization_backend(head)
-        if backend is None or not backend.supports_merge:
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.ndim != 2:
+        weight = read_weight(head)
+        if weight is None or not weight.is_floating_point() or weight.ndim != 2:
             raise ValueError(
                 "The LM head is quantised in a form that cannot be read; keep the head in floating point."
             )
-        return SemanticBases(backend.get_base_weight(head))
+        return SemanticBases(weight)
     key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype)
     cached = _CACHE.get(head)
     if cached is None or cached[0] != key:
