@@ -6,6 +6,7 @@ register()
 
 from .arguments import RepairArguments  # noqa: E402
 from .callbacks import RepairCallback, RepairState  # noqa: E402
+from .combine import combine_patches, swap_patch  # noqa: E402
 from .config import StarConfig  # noqa: E402
 from .export import export_lora  # noqa: E402
 from .fingerprint import fingerprint  # noqa: E402
@@ -28,8 +29,10 @@ __all__ = [
     "StarConfig",
     "StarLayer",
     "StarModel",
+    "combine_patches",
     "export_lora",
     "fingerprint",
     "prepare",
     "repair",
+    "swap_patch",
 ]

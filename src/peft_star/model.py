@@ -239,6 +239,17 @@ class StarModel(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: PEFT's signature speaks of ranks and decompositions; see [`combine_patches`].
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "STAR patches are not combined by `add_weighted_adapter`; call "
+            "`peft_star.combine_patches(model, adapters, new_name, weights)`, which is exact."
+        )
+
     ##############
     # Retarget   #
     ##############
