@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+
+from .loading import WEIGHTS_NAME
 
 LAYER_SELECTIONS = ("occlusion", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
@@ -109,6 +112,9 @@ class StarConfig(PeftConfig):
             experts and of the neurons in each, or a dict of these by full module name where they differ. It is
             recorded when the adapter is created, so that a patch can be converted without its base model; setting it
             has no effect.
+        lora_twin (`bool`, *optional*, defaults to `False`):
+            Whether saving a model also writes the patch as an exact LoRA into the subfolder `lora/`, which loads
+            without peft_star: `PeftModel.from_pretrained(base, patch, subfolder="lora")`.
         base_fingerprint (`Optional[str]`, *optional*):
             What [`fingerprint`] says of the base weights that the patch was solved for. A repair records it; loading
             the patch onto other weights warns.
@@ -221,6 +227,15 @@ class StarConfig(PeftConfig):
             )
         },
     )
+    lora_twin: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Write the same patch as a plain LoRA into the subfolder lora/ whenever the model is saved, for those "
+                "who load it without peft_star."
+            )
+        },
+    )
     base_fingerprint: str | None = field(
         default=None,
         metadata={"help": "The fingerprint of the base weights that the patch was solved for. A repair records it."},
@@ -246,8 +261,9 @@ class StarConfig(PeftConfig):
                 f"`neuron_pattern` should be one of {', '.join(map(repr, NEURON_PATTERNS))}, "
                 f"got {self.neuron_pattern!r}."
             )
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(f"`init_weights` should be True or False, got {self.init_weights!r}.")
+        for name in ("init_weights", "lora_twin"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` should be True or False, got {getattr(self, name)!r}.")
         if self.neurons_per_module is not None:
             self.neurons_per_module = _check_counts("neurons_per_module", self.neurons_per_module)
         self._check_in_features()
@@ -298,6 +314,18 @@ class StarConfig(PeftConfig):
                     "`in_features` should be a number of neurons, a list of the number of experts and of the neurons "
                     f"in each, or a dict of these by full module name, got {self.in_features!r}."
                 )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration and, if asked for, the LoRA twin beside it.
+
+        `PeftModel.save_pretrained` calls this when the weights are written.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        directory = Path(save_directory)
+        if self.lora_twin and (directory / WEIGHTS_NAME).is_file():
+            from .export import export_lora
+
+            export_lora(directory, directory / "lora", overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; sets become sorted lists, so that saved files are reproducible."""
