@@ -108,6 +108,19 @@ def test_sequences_that_would_take_too_much_memory_are_not_kept(monkeypatch):
     assert layer.scores is not None
 
 
+def test_a_tie_that_goes_the_right_way_is_no_failure():
+    """Its semantic delta would be that of a token with itself."""
+    model = MODELS["llama"].build()
+    with torch.no_grad():
+        model.lm_head.weight[9] = model.lm_head.weight[5]
+        model.lm_head.weight[[*range(5), *range(6, 9), *range(10, 64)]] = 0
+        model.lm_head.weight[:, :] *= torch.sign(model(input_ids=torch.tensor([[7]])).logits[0, 0, 5])
+    argmax = model(input_ids=torch.tensor([[7]])).logits[0, 0].argmax().item()
+    assert argmax in (5, 9)
+    found = traced(model, [Row(0, "", "", (7,), (argmax,))])[-1]
+    assert found.predictions.margin.item() == 0 and not found.medium.numel()
+
+
 def test_only_the_slots_asked_for_are_traced():
     model = MODELS["llama"].build()
     rows = rows_for(model)

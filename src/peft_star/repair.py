@@ -78,7 +78,8 @@ def repair(
     args = args or RepairArguments()
     session = _Session(model, tokenizer, args, Journal(args, callbacks))
     rows = session.encode(failures, "failures row")
-    retained = session.encode(retain, "retain row") if retain is not None and len(retain) else []
+    retain = list(retain) if retain is not None and not isinstance(retain, (str, bytes, dict)) else retain
+    retained = session.encode(retain, "retain row") if retain else []
     return session.run(rows, retained)
 
 
@@ -233,7 +234,6 @@ class _Session:
                 batches,
                 ffns,
                 self.decoder_layers,
-                margin=0.0,
                 only_slots=only,
                 progress=self.journal.advance,
             )

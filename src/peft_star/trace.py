@@ -165,7 +165,6 @@ def trace(
     ffns: dict[str, nn.Module],
     decoder_layers: dict[str, nn.Module],
     *,
-    margin: float = 0.0,
     only_slots: torch.Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Trace:
@@ -176,7 +175,6 @@ def trace(
         batches: The rows, from `make_batches`.
         ffns: The FFNs' second matrices by name.
         decoder_layers: The decoder layers by name.
-        margin: A right token whose margin is not above this is a failure too.
         only_slots: Trace these failures alone (the `"single"` mode).
         progress: Called with the number of rows done.
 
@@ -200,7 +198,7 @@ def trace(
         logits = output.logits[0].float()
         fill_predictions(result.predictions, batch, logits)
         slots = batch.slots.cpu()
-        failing = ~result.predictions.solved(margin)[slots]
+        failing = ~result.predictions.right[slots]
         if only_slots is not None:
             failing &= torch.isin(slots, only_slots)
         if failing.any():
