@@ -386,28 +386,32 @@ class Linear(nn.Module, StarLayer):
         return weight if self.fan_in_fan_out else weight.T
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
+        if kwargs and kwargs.pop("adapter_names", None) is not None:
             raise ValueError("STAR does not support mixed batches: `adapter_names` cannot be passed to forward.")
 
-        if self.disable_adapters:
-            if self.merged:
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
             return self.base_layer(x, *args, **kwargs)
 
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         result_dtype = result.dtype
+        # when one token is decoded, looking things up in modules takes longer than computing with them
+        deltas, neurons = self.star_delta, self.star_neurons._buffers
         for active_adapter in self.active_adapters:
-            if active_adapter not in self.star_delta.keys():
-                continue
-            delta = self.star_delta[active_adapter]
+            delta = deltas._parameters.get(active_adapter)
+            if delta is None:
+                if active_adapter not in deltas:
+                    continue
+                delta = deltas[active_adapter]  # wrappers such as FSDP may hold it as a plain attribute
             # only the k columns that are patched are gathered: (..., m) -> (..., k)
-            activations = x.index_select(-1, self.star_neurons[active_adapter])
-            result = result + self._cast_input_dtype(activations, delta.dtype) @ delta
-        return result.to(result_dtype)
+            activations = x.index_select(-1, neurons[active_adapter])
+            if activations.dtype != delta.dtype:
+                activations = self._cast_input_dtype(activations, delta.dtype)
+            result = result + activations @ delta
+        return result if result.dtype == result_dtype else result.to(result_dtype)
 
     def __repr__(self) -> str:
         rep = super().__repr__()
