@@ -67,6 +67,7 @@ def table(results: dict[str, dict[str, list]]) -> str:
 
 def plot(results: dict[str, dict[str, list]], path: Path) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     names = list(results)
     rows = [totals([record for records in results[name].values() for record in records]) for name in names]
@@ -81,11 +82,14 @@ def plot(results: dict[str, dict[str, list]], path: Path) -> None:
     for axis, (title, values, log) in zip(axes, columns):
         axis.barh(range(len(names)), values, color="tab:blue")
         axis.set_title(title)
-        axis.set_xscale("log" if log else "linear")
+        if log:
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].set_xlim(0.9 * min(columns[0][1]), 1)
+    axes[1].set_xlim(0, max(0.01, 1.1 * max(columns[1][1])))
     figure.savefig(path, dpi=120)
 
 
