@@ -240,6 +240,8 @@ def test_a_compiled_model_is_not_compiled_anew(wrapped, tmp_path):
     first, expected_first = saved(tmp_path, name="first", seed=1)
     second, expected_second = saved(tmp_path, name="second", seed=2)
     other, _ = saved(tmp_path, name="other", num_neurons=3)
+    import torch._dynamo.testing
+
     counter = torch._dynamo.testing.CompileCounter()
     model = PeftModel.from_pretrained(tiny_llama(), first)
     torch._dynamo.reset()

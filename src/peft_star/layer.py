@@ -340,7 +340,8 @@ class Linear(nn.Module, StarLayer):
                 if not self._unmerged_base:
                     warnings.warn(
                         f"Merging into a {self.quantization_backend.backend_name} layer quantizes it anew, so outputs "
-                        "may differ due to rounding errors.",
+                        "may differ due to rounding errors; in few bits these can undo a repair, so check it, or keep "
+                        "the patch unmerged.",
                         stacklevel=2,
                     )
                     self._unmerged_base = (self.base_layer,)
