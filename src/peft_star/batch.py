@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .failures import Row
 
@@ -97,3 +98,9 @@ def completion_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     with head_reads(model, batch):
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.logits[0]
+
+
+def loss_at(logits: torch.Tensor, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
+    """Cross entropy, summed over the `chosen` (mask of N, or indices) of a batch's logits (N, V)."""
+    chosen = chosen.to(logits.device)
+    return F.cross_entropy(logits[chosen].float(), batch.expected.to(logits.device)[chosen], reduction="sum")

@@ -179,15 +179,9 @@ class Experts(nn.Module, StarLayer):
             weight = self.weight.data
             neurons = self.star_neurons[active_adapter].to(weight.device, torch.int64)
             columns = weight[self._columns(neurons)]
-            delta = self.star_delta[active_adapter].to(weight.device)
-            # the sum is rounded once, from at least float32
-            dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-            merged = (columns.to(dtype) + delta.to(dtype)).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
-                )
-            weight[self._columns(neurons)] = merged
+            weight[self._columns(neurons)] = self._merged(
+                columns, self.star_delta[active_adapter], active_adapter, safe_merge
+            )
             self._merged_columns[active_adapter] = (neurons, columns)
             self.merged_adapters.append(active_adapter)
 

@@ -253,6 +253,15 @@ class StarLayer(BaseTunerLayer):
             check_delta(delta, neurons.numel(), self.out_features, name)
         self._replace_tensors(adapter_name, neurons, delta)
 
+    def _merged(self, columns: torch.Tensor, delta: torch.Tensor, adapter_name: str, safe_merge: bool) -> torch.Tensor:
+        """`columns + delta` in the dtype of `columns`; raises ValueError when `safe_merge` finds it is not finite."""
+        # the sum is rounded once, from at least float32
+        dtype = torch.promote_types(torch.promote_types(columns.dtype, delta.dtype), torch.float32)
+        merged = (columns.to(dtype) + delta.to(columns.device, dtype)).to(columns.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        return merged
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT's conversion is an SVD, which is lossy; the exact LoRA twin of a patch is made by `export_lora`
         return False
@@ -323,15 +332,8 @@ class Linear(nn.Module, StarLayer):
             neurons = self.star_neurons[active_adapter].to(weight.device, torch.int64)
             columns = weight.index_select(self._neuron_dim, neurons)
 
-            # the sum is rounded once, from at least float32
-            delta = self.star_delta[active_adapter].to(weight.device)
-            dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-            merged = columns.to(dtype) + (delta if self.fan_in_fan_out else delta.T).to(dtype)
-            merged = merged.to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
-                )
+            delta = self.star_delta[active_adapter]
+            merged = self._merged(columns, delta if self.fan_in_fan_out else delta.T, active_adapter, safe_merge)
 
             weight.index_copy_(self._neuron_dim, neurons, merged)
             if self.quantization_backend is None:

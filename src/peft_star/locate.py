@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .batch import Batch, completion_logits
+from .batch import Batch, completion_logits, loss_at
 from .trace import Trace
 
 
@@ -56,9 +55,7 @@ def _medium_loss(model: nn.Module, batch: Batch, medium: torch.Tensor) -> float:
     chosen = torch.isin(batch.slots.cpu(), medium)
     if not chosen.any():
         return 0.0
-    logits = completion_logits(model, batch).float()
-    chosen = chosen.to(logits.device)
-    return F.cross_entropy(logits[chosen], batch.expected.to(logits.device)[chosen], reduction="sum").item()
+    return loss_at(completion_logits(model, batch), batch, chosen).item()
 
 
 class _skipped:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .batch import Batch, completion_logits
+from .batch import Batch, completion_logits, loss_at
 from .trace import Predictions, empty_predictions, fill_predictions
 
 
@@ -115,15 +113,6 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         return state["size"]
 
 
-@dataclass
-class PatchOutcome:
-    """How patching one set of failures ended: `steps` taken and the predictions (S) of the state that was kept."""
-
-    steps: int
-    predictions: Predictions
-    solved: bool
-
-
 def patch_neurons(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -139,7 +128,7 @@ def patch_neurons(
     margin: float,
     retain: Callable[[], Sequence[tuple[Batch, torch.Tensor]]] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
-) -> PatchOutcome:
+) -> Predictions:
     """Algorithm 1 on the located neurons' deltas, stopping as soon as every failure is solved and nothing is broken.
 
     A token of the same rows that was right and breaks on the way joins the loss until it is right again. When the
@@ -155,11 +144,14 @@ def patch_neurons(
         learning_rate, damping, growth, max_steps, margin: See [`RepairArguments`].
         retain: Called once the failures are solved; gives retained batches with a mask (N) of tokens that broke.
         on_step: Called with the step, the failures solved, and the loss.
+
+    Returns:
+        [`Predictions`] (S) of the state that was kept.
     """
     optimizer = PriorGuidedSGD(deltas, lr=learning_rate, damping=damping, growth=growth)
     is_medium = torch.zeros_like(right_before)
     is_medium[medium] = True
-    best: tuple[tuple[int, int], list[torch.Tensor], Predictions, int] | None = None
+    best: tuple[tuple[int, int], list[torch.Tensor], Predictions] | None = None
     if gradients is None:
         optimizer.zero_grad()
         _forward_backward(model, batches, is_medium, right_before, empty_predictions(right_before.numel()))
@@ -181,11 +173,11 @@ def patch_neurons(
             done = not hurt
             if hurt and step < max_steps:
                 for batch, mask in hurt:
-                    _cross_entropy(model, batch, mask).backward()
+                    loss_at(completion_logits(model, batch), batch, mask).backward()
                 _forward_backward(model, batches, is_medium, right_before, empty_predictions(len(right_before)))
         score = int(predictions.right[medium].sum()), -int(broken.sum()) - harmed
         if best is None or score > best[0] or done:
-            best = score, [delta.detach().clone() for delta in deltas], predictions, step
+            best = score, [delta.detach().clone() for delta in deltas], predictions
         if on_step is not None:
             on_step(step, int(solved[medium].sum()), loss)
         if done:
@@ -194,13 +186,7 @@ def patch_neurons(
     with torch.no_grad():
         for delta, kept in zip(deltas, best[1]):
             delta.copy_(kept)
-    return PatchOutcome(step, best[2], done)
-
-
-def _cross_entropy(model: nn.Module, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
-    logits = completion_logits(model, batch)
-    chosen = chosen.to(logits.device)
-    return F.cross_entropy(logits[chosen].float(), batch.expected.to(logits.device)[chosen], reduction="sum")
+    return best[2]
 
 
 def _forward_backward(
@@ -226,11 +212,8 @@ def _forward_backward(
         broken = (right_before & ~predictions.right)[slots]
         chosen = is_medium[slots] | broken
         if chosen.any():
-            chosen = chosen.to(logits.device)
             with torch.set_grad_enabled(backward):
-                loss = F.cross_entropy(
-                    logits[chosen].float(), batch.expected.to(logits.device)[chosen], reduction="sum"
-                )
+                loss = loss_at(logits, batch, chosen)
             total += loss.item()
             wanting = margin is None or (is_medium & ~predictions.solved(margin))[slots].any() or broken.any()
             if backward and wanting:

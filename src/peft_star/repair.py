@@ -28,7 +28,7 @@ from .locate import (
     select_neurons,
 )
 from .model import StarModel
-from .patch import PatchOutcome, patch_neurons
+from .patch import patch_neurons
 from .records import Records
 from .report import PatchedLayer, RepairReport
 from .semantics import semantic_bases, semantic_delta
@@ -314,7 +314,7 @@ class _Session:
         medium: torch.Tensor,
         right_before: torch.Tensor,
         retain,
-    ) -> PatchOutcome:
+    ) -> None:
         state = self.journal.state
         solved_before = state.num_solved
 
@@ -329,7 +329,7 @@ class _Session:
             delta.requires_grad_(True)
         try:
             with self.journal.phase("patch", self.args.max_steps):
-                outcome = patch_neurons(
+                predictions = patch_neurons(
                     self.base,
                     batches,
                     deltas,
@@ -347,8 +347,7 @@ class _Session:
         finally:
             for delta in deltas:
                 delta.requires_grad_(False)
-        state.num_solved = solved_before + int(outcome.predictions.right[medium].sum())
-        return outcome
+        state.num_solved = solved_before + int(predictions.right[medium].sum())
 
     # the modes
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .batch import Batch, head_reads
+from .batch import Batch, head_reads, loss_at
 
 # v and ∂L/∂o of whole sequences are kept for the first step's gradient while they fit in this many bytes
 KEEP_BYTES = 1 << 30
@@ -203,7 +202,7 @@ def trace(
             failing &= torch.isin(slots, only_slots)
         if failing.any():
             chosen = failing.nonzero()[:, 0].to(logits.device)
-            loss = F.cross_entropy(logits[chosen], batch.expected.to(logits.device)[chosen], reduction="sum")
+            loss = loss_at(logits, batch, chosen)
             result.loss += loss.item()
             medium_slots.append(slots[failing])
             kept = _backward(loss, batch, chosen, recorder, result, hidden_rms, kept)
