@@ -1,9 +1,9 @@
 """Replaying the layers that a repair leaves alone: computed once a batch, not in every step.
 
-A patch changes the output of the lowest patched decoder layer and of what lies above it. Everything below says the same
-in every step of Algorithm 1 and in every verification of the same rows, so it is recorded in the first forward and
-replayed in the others, bit for bit. The model runs its own code either way; only the `forward` of the layers below is
-substituted. Rotary embeddings, masks, and whatever else a model hands to its layers therefore need no knowledge here.
+A patch changes the output of the lowest patched decoder layer and of what lies above it. Everything below computes the
+same in every step of Algorithm 1 and in every verification of the same rows, so it is recorded in the first forward
+and replayed in the others, bit for bit. The model runs its own code either way; only the `forward` of the layers below
+is substituted. So rotary embeddings, masks, and whatever else a model hands to its layers need no knowledge here.
 """
 
 from __future__ import annotations
