@@ -417,4 +417,4 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(result, ensure_ascii=False, indent=1))
 
 
-from . import cli_export  # noqa: E402, F401  (registers its command; it needs what this module defines)
+from . import cli_evaluate, cli_export  # noqa: E402, F401  (register their commands; they need what this defines)
