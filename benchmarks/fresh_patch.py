@@ -24,26 +24,18 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from peft_star import RepairArguments, StarConfig, repair
+from peft_star.evaluation import TextProbe
 from peft_star.loading import load_model
 
 SUMS = ("failures", "solved", "right", "broken", "rows_solved")
 UNRELATED = Path(__file__).parent.parent / "LICENSE"
 
 
-class Harm:
-    """KL divergence from the unpatched model on unrelated text, in nats a token."""
+class Harm(TextProbe):
+    """Harm to unrelated text: 256 tokens of the Apache licence."""
 
-    def __init__(self, base, tokenizer, tokens: int = 256):
-        self.ids = tokenizer(UNRELATED.read_text(), return_tensors="pt")["input_ids"][:, :tokens]
-        self.before = self._log_probabilities(base)
-
-    @torch.no_grad()
-    def _log_probabilities(self, model) -> torch.Tensor:
-        return model(input_ids=self.ids, use_cache=False).logits[0].float().log_softmax(-1)
-
-    def __call__(self, model) -> float:
-        after = self._log_probabilities(model)
-        return (self.before.exp() * (self.before - after)).sum(-1).mean().item()
+    def __init__(self, base, tokenizer):
+        super().__init__(base, tokenizer, UNRELATED.read_text(), max_tokens=256)
 
 
 def patch_row(
@@ -55,7 +47,7 @@ def patch_row(
     start = time.perf_counter()
     report = repair(model, tokenizer, [row], arguments)
     seconds = time.perf_counter() - start
-    divergence = harm(model) if report.failures else 0.0
+    divergence = harm(model).kl if report.failures else 0.0
     model.unload()
     record = report.rows[0]
     return {
