@@ -1,0 +1,105 @@
+"""The repair methods that the benchmarks compare, by name.
+
+    with make_method("star").patched(base, tokenizer, rows) as outcome:
+        outcome.model.generate(...)
+
+`star` is the package with its defaults. Its variants: `star-model-wise` ranks neurons over all layers together;
+`star-layer` and `star-neuron` are STAR[layer] and STAR[neuron] of the paper's Table 5. The paper does not spell these
+out, but says that one patches hundreds of times as many neurons as the other. With 11,008 neurons in a layer, and 64
+in section 5.2 ("specifying the layer that is most critical to the loss"), these are all neurons of the one most
+critical layer, and 64 of them. `star-paper` is Algorithm 1 to the letter, on all neurons of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from baselines import Adapter, FullSGD, LogitBias, Mint
+from interface import Applied, Method, Outcome, Problem
+from peft import get_peft_model
+
+from peft_star import RepairArguments, StarConfig, repair
+
+__all__ = ["METHODS", "Method", "Outcome", "make_method"]
+
+# what a row's result says of a STAR run besides what was changed
+SHOWN = ("num_neurons", "num_layers", "layer_selection", "neuron_pattern")
+
+
+class Star(Method):
+    """`get_peft_model` and `repair`; settings are fields of `StarConfig` and `RepairArguments`."""
+
+    def __init__(self, name: str, **settings: Any):
+        arguments = {item.name for item in fields(RepairArguments)}
+        self._arguments = {key: value for key, value in settings.items() if key in arguments}
+        self._config = {key: value for key, value in settings.items() if key not in arguments}
+        defaults = RepairArguments(**self._arguments).to_dict()
+        config = StarConfig(**self._config).to_dict()
+        shown = {key: config[key] for key in (*SHOWN, *self._config)}
+        # the mode and the margin are given when the method is run
+        super().__init__(name, **shown, **{key: defaults[key] for key in defaults if key not in ("mode", "margin")})
+
+    @contextmanager
+    def apply(self, problem: Problem) -> Iterator[Applied]:
+        model = get_peft_model(problem.base, StarConfig(task_type="CAUSAL_LM", **self._config))
+        arguments = {"verify_generation": False, "disable_tqdm": True, **self._arguments}
+        try:
+            report = repair(
+                model,
+                problem.tokenizer,
+                problem.rows,
+                RepairArguments(**arguments, mode=problem.mode, margin=problem.margin),
+            )
+            details = {
+                "phases": report.seconds,
+                "layers": len(report.layers),
+                "neurons": sum(len(layer.neurons) for layer in report.layers),
+            }
+            yield Applied(model, report.steps, details)
+        finally:
+            model.unload()
+
+
+def _method(kind: type[Method], name: str, **settings: Any) -> Callable[..., Method]:
+    return partial(kind, name, **settings)
+
+
+LORA = {"adapter": "lora", "optimizer": "adamw", "rank": 8, "target_modules": "all-linear", "seed": 0}
+SHIRA = {"adapter": "shira", "optimizer": "adamw", "rank": 8, "target_modules": "ffn-second", "seed": 0}
+
+METHODS: dict[str, Callable[..., Method]] = {
+    factory.args[0]: factory
+    for factory in (
+        _method(Star, "star"),
+        _method(Star, "star-model-wise", neuron_pattern="model-wise"),
+        _method(Star, "star-layer", num_layers=1, num_neurons=1.0),
+        _method(Star, "star-neuron", num_layers=1, num_neurons=64),
+        _method(Star, "star-paper", layer_selection="all", num_neurons=1.0, damping=1.0, growth=1.0),
+        _method(Mint, "mint", factor=1.0, candidates=5, max_patches=10),
+        _method(FullSGD, "sgd", optimizer="sgd", learning_rate=1e-2, max_steps=10),
+        _method(FullSGD, "sgd-tuned", optimizer="sgd", learning_rate=3e-2, max_steps=10),
+        _method(Adapter, "lora", **LORA, learning_rate=1e-3, max_steps=50),
+        _method(Adapter, "lora-10", **LORA, learning_rate=3e-3, max_steps=10),
+        _method(Adapter, "shira", **SHIRA, learning_rate=1e-3, max_steps=50),
+        _method(LogitBias, "logit-bias", max_sweeps=100),
+    )
+}
+
+
+def make_method(name: str, **overrides: Any) -> Method:
+    """The method of this name, with some settings changed.
+
+    Raises:
+        ValueError: There is no such method, or no such setting.
+    """
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}; choose from {', '.join(METHODS)}.")
+    factory = METHODS[name]
+    unknown = [] if factory.func is Star else [key for key in overrides if key not in factory.keywords]
+    if unknown:
+        raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(factory.keywords)}.")
+    return factory(**overrides)
