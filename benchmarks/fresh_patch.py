@@ -10,32 +10,17 @@ interrupted run goes on from there.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
+from harness import Harm, load, parser, resume, setting_of, task_rows, write_json
 from peft import get_peft_model
-from prompts import TASKS, few_shot_rows
 from tqdm.auto import tqdm
-from transformers import set_seed
 
 from peft_star import RepairArguments, StarConfig, repair
-from peft_star.evaluation import TextProbe
-from peft_star.loading import load_model
 
 SUMS = ("failures", "solved", "right", "broken", "rows_solved")
-UNRELATED = Path(__file__).parent.parent / "LICENSE"
-
-
-class Harm(TextProbe):
-    """Harm to unrelated text: 256 tokens of the Apache licence."""
-
-    def __init__(self, base, tokenizer):
-        super().__init__(base, tokenizer, UNRELATED.read_text(), max_tokens=256)
 
 
 def patch_row(
@@ -95,19 +80,6 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    import peft
-    import transformers
-
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
-
-
 def run(base, tokenizer, rows: dict[str, list], config: dict, args: dict, done: dict[str, list], save) -> None:
     """Fill `done` (records by task) up to all rows, saving after each."""
     harm = Harm(base, tokenizer)
@@ -120,40 +92,14 @@ def run(base, tokenizer, rows: dict[str, list], config: dict, args: dict, done: 
                 bar.update()
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_argument("--model", required=True, help="Hub id, directory or .gguf file")
-    common.add_argument("--data", type=Path, required=True, help="folder with conala/, ia32/, tldr/")
-    common.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    common.add_argument("--rows", type=int, default=50, help="rows of each task")
-    common.add_argument("--demonstrations", type=int, default=3)
-    common.add_argument("--seed", type=int, default=0)
-    common.add_argument("--json", type=Path, required=True, help="results; an existing file is gone on with")
-    return common
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
-
-
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--config", type=json.loads, default={}, help="StarConfig fields as JSON")
     options.add_argument("--arguments", type=json.loads, default={}, help="RepairArguments fields as JSON")
     given = options.parse_args()
-    set_seed(given.seed)
-    setting = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-    setting.pop("json")
-    state: dict[str, Any] = {"setting": setting, "machine": machine(), "results": {}}
-    if given.json.is_file():
-        earlier = json.loads(given.json.read_text())
-        if earlier["setting"] != setting:
-            raise SystemExit(f"{given.json} holds a run with other settings; name another file.")
-        state["results"] = earlier["results"]
-    rows = {task: few_shot_rows(given.data, task, given.rows, given.demonstrations) for task in given.tasks}
-    base, tokenizer = load_model(given.model, dtype="float32")
+    state = resume(given.json, setting_of(given))
+    rows = task_rows(given)
+    base, tokenizer = load(given)
     run(base, tokenizer, rows, given.config, given.arguments, state["results"], lambda: write_json(given.json, state))
     print(table(state["results"]))
 

@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from fresh_patch import machine, write_json
+from harness import machine, setting_of, write_json
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
@@ -186,9 +186,7 @@ def main() -> None:
     options.add_argument("--dtype", default="float32")
     options.add_argument("--json", type=Path, help="results")
     given = options.parse_args()
-    setting = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-    setting.pop("json")
-    state: dict[str, Any] = {"setting": setting, "machine": machine()}
+    state: dict[str, Any] = {"setting": setting_of(given), "machine": machine()}
 
     base, _ = load_model(given.model, dtype=given.dtype)
     base.requires_grad_(False)

@@ -174,9 +174,9 @@ class Method(ABC):
         with frozen(base):
             before = teacher_forced(base, batches)
             with passes.counting(base):
-                start = now(device)
+                start, cpu = now(device), time.process_time()
                 with self.apply(Problem(base, tokenizer, rows, encoded, margin, mode)) as applied:
-                    seconds = now(device) - start
+                    seconds, cpu = now(device) - start, time.process_time() - cpu
                     counts = passes.differentiated, passes.total - passes.differentiated
                     after = teacher_forced(base, batches)
                     yield Outcome(
@@ -189,8 +189,11 @@ class Method(ABC):
                         forward_backwards=counts[0],
                         forwards=counts[1],
                         steps=applied.steps,
-                        details={"solved_by_margin": int((~before.right & after.solved(margin)).sum())}
-                        | applied.details,
+                        details={
+                            "cpu_seconds": cpu,
+                            "solved_by_margin": int((~before.right & after.solved(margin)).sum()),
+                            **applied.details,
+                        },
                     )
 
     @abstractmethod

@@ -12,13 +12,11 @@ import json
 from statistics import mean
 from typing import Any
 
-from fresh_patch import machine, parser, write_json
+from harness import load, machine, parser, task_rows, write_json
 from peft import get_peft_model
-from prompts import few_shot_rows
 from tqdm.auto import tqdm
 
 from peft_star import RepairArguments, StarConfig, repair
-from peft_star.loading import load_model
 
 
 def main() -> None:
@@ -26,11 +24,10 @@ def main() -> None:
     state: dict[str, Any] = {"machine": machine(), "model": given.model, "results": {}}
     if given.json.is_file():
         state["results"] = json.loads(given.json.read_text())["results"]
-    base, tokenizer = load_model(given.model, dtype="float32")
+    base, tokenizer = load(given)
     arguments = RepairArguments(occlusion="exact", max_steps=1, verify_generation=False, disable_tqdm=True)
-    for task in given.tasks:
+    for task, rows in task_rows(given).items():
         done = state["results"].setdefault(task, [])
-        rows = few_shot_rows(given.data, task, given.rows, given.demonstrations)
         for row in tqdm(rows[len(done) :], desc=task):
             model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
             report = repair(model, tokenizer, [row], arguments)

@@ -12,12 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fresh_patch import machine, parser, run, totals, write_json
-from prompts import few_shot_rows
-from transformers import set_seed
+from fresh_patch import run, totals
+from harness import load, parser, resume, setting_of, task_rows, write_json
 
 from peft_star import RepairArguments, StarConfig
-from peft_star.loading import load_model
 
 RATES = {
     "std": (0.003, 0.01, 0.03, 0.1),
@@ -97,19 +95,11 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--plot", type=Path, help="draw the results here")
     given = options.parse_args()
-    set_seed(given.seed)
-    setting = {"tasks": given.tasks, "rows": given.rows, "model": given.model, "seed": given.seed}
-    setting["demonstrations"] = given.demonstrations
     defaults = {"config": StarConfig().to_dict(), "arguments": RepairArguments().to_dict()}
     defaults = json.loads(json.dumps(defaults, default=str))
-    state: dict[str, Any] = {"setting": setting, "defaults": defaults, "machine": machine(), "results": {}}
-    if given.json.is_file():
-        earlier = json.loads(given.json.read_text())
-        if earlier["setting"] != setting or earlier["defaults"] != defaults:
-            raise SystemExit(f"{given.json} holds a sweep with other settings; name another file.")
-        state["results"] = earlier["results"]
-    rows = {task: few_shot_rows(given.data, task, given.rows, given.demonstrations) for task in given.tasks}
-    base, tokenizer = load_model(given.model, dtype="float32")
+    state = resume(given.json, setting_of(given, "plot") | {"defaults": defaults})
+    rows = task_rows(given)
+    base, tokenizer = load(given)
     for name, (config, args) in grid().items():
         print(name, flush=True)
         done = state["results"].setdefault(name, {})
