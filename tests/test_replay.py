@@ -239,23 +239,41 @@ def test_nothing_is_left_when_no_forward_was_run():
     assert replay.nbytes == 0
 
 
-def test_hooks_on_the_layers_see_and_do_the_same():
-    """A hook below the lowest layer changes what leaves it, one above what comes in, in place."""
+def test_hooks_on_the_layers_do_the_same():
+    """Hooks of others change what leaves the last layer below, and what enters the lowest one, in every forward."""
     model, inputs = tiny_llama(), Inputs(tiny_models.tokens())
     seen = []
-
-    def read_and_double(module, args):
-        seen.append(args[0].clone())
-        args[0].mul_(2)
-
     model.model.layers[1].register_forward_hook(lambda module, args, output: output + 1)
-    model.model.layers[2].register_forward_pre_hook(read_and_double)
+    model.model.layers[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     full = logits(model, inputs)
     replay = Replay(model, "model.layers.2")
+    assert replay.exact
     seen.clear()
     for _ in range(3):
         assert torch.equal(logits(model, inputs, replay), full)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_a_record_is_not_changed_in_place():
+    model, inputs = tiny_llama(), Inputs(tiny_models.tokens())
+    model.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+    full = logits(model, inputs)
+    replay = Replay(model, "model.layers.2")
+    assert replay.exact
+    for _ in range(3):
+        assert torch.equal(logits(model, inputs, replay), full)
+
+
+def test_two_forwards_in_one_context_are_not_recorded():
+    model, inputs = tiny_llama(), Inputs(tiny_models.tokens())
+    other = Inputs(tiny_models.tokens(seed=1))
+    full = logits(model, inputs)
+    replay = Replay(model, "model.layers.2")
+    with replay(inputs):
+        logits(model, inputs)
+        logits(model, other)
+    assert replay.nbytes == 0
+    assert torch.equal(logits(model, inputs, replay), full)
 
 
 def computed_in_full(model: nn.Module, inputs: Inputs, replay: Replay, **kwargs) -> bool:
@@ -282,16 +300,55 @@ def test_a_forward_that_returns_more_than_logits_is_computed_in_full():
         assert torch.equal(one.keys, other.keys)
 
 
-def test_the_cache_that_a_config_asks_for():
+def test_a_cache_that_is_passed_is_filled():
     model, inputs = tiny_llama(), Inputs(tiny_models.tokens())
-    assert model.config.use_cache
     replay = Replay(model, "model.layers.2")
+    for _ in range(2):
+        cache = transformers.DynamicCache()
+        logits(model, inputs, replay, past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [inputs.ids.shape[1]] * 3
+    assert replay.nbytes == 0
+
+
+def tiny_gemma3_with_vision() -> transformers.PreTrainedModel:
+    """A model whose configuration holds another one for its text."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=MODELS["gemma3"].settings, vision_config={**vision, "image_size": 8, "patch_size": 4}
+    )
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma3_with_vision])
+def test_a_cache_that_the_config_asks_for_is_filled(build):
+    model, inputs = build(), Inputs(tiny_models.tokens())
+    replay = Replay(model, layer_names(model)[2])
+    assert replay.exact
     with torch.no_grad():
         for _ in range(2):
             with replay(inputs):
-                output = model(inputs.ids)
-    assert output.past_key_values.get_seq_length() == inputs.ids.shape[1]
+                cache = model(inputs.ids).past_key_values
+            assert [layer.get_seq_length() for layer in cache.layers] == [inputs.ids.shape[1]] * 3
     assert replay.nbytes == 0
+    full = logits(model, inputs)
+    for _ in range(2):
+        assert torch.equal(logits(model, inputs, replay), full)
+    assert replay.nbytes > 0
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_compiled_models(regional):
+    model, inputs = tiny_llama(), Inputs(tiny_models.tokens())
+    full = logits(model, inputs)
+    for module in model.model.layers if regional else [model]:
+        module.compile(backend="eager")
+    replay = Replay(model, "model.layers.2")
+    other = Inputs(tiny_models.tokens(seed=1))
+    for _ in range(2):
+        assert torch.equal(logits(model, inputs, replay), full)
+        logits(model, other, replay)
+    assert torch.equal(logits(model, inputs), full)
 
 
 def test_training_mode_is_computed_in_full():
@@ -378,10 +435,11 @@ def test_a_layer_that_runs_twice_is_computed_in_full():
     model, inputs = tiny_llama(), Inputs(tiny_models.tokens())
     model.model.layers[1] = model.model.layers[0]
     full = logits(model, inputs)
-    replay = Replay(model, "model.layers.2")
-    assert not replay.exact
+    assert not Replay(model, "model.layers.2").exact
+    replay = Replay(model, "model.layers.2", check=False)
     for _ in range(2):
         assert torch.equal(logits(model, inputs, replay), full)
+    assert replay.nbytes == 0
 
 
 def test_the_check_is_made_once_for_a_model_and_layer():
