@@ -711,7 +711,7 @@ class _TextMetrics:
     def scores(self, text: str, reference: str) -> dict[str, float]:
         return {
             "edit_similarity": self._edit(text, reference),
-            "bleu": self._bleu.sentence_score(text, [reference]).score / 100,
+            "bleu": _share(self._bleu.sentence_score(text, [reference])),
             "rouge_l": self._rouge.score(reference, text)["rougeL"].fmeasure,
         }
 
@@ -719,8 +719,12 @@ class _TextMetrics:
         def mean(name: str) -> float:
             return sum(getattr(item, name) for item in scores) / len(scores)
 
-        bleu = self._bleu.corpus_score([item.text for item in scores], [list(references)]).score / 100
+        bleu = _share(self._bleu.corpus_score([item.text for item in scores], [list(references)]))
         return MeanScores(mean("exact"), mean("edit_similarity"), bleu, mean("rouge_l"))
+
+
+def _share(bleu: Any) -> float:
+    return min(bleu.score / 100, 1.0)  # sacrebleu's logarithms make a perfect score one rounding more than 100
 
 
 class _CodeTokenizer:
