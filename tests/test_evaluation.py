@@ -422,6 +422,7 @@ def run_lm_eval(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_lm_eval_loads_a_patch(tiny_dir: Path, patched, tmp_path: Path):
     pytest.importorskip("lm_eval")
     patched.save_pretrained(tmp_path / "patch")
