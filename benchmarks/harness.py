@@ -59,7 +59,7 @@ def load(given: argparse.Namespace, dtype: str = "float32"):
     # transformers says this of itself whenever an adapter is put on a model
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     set_seed(given.seed)
-    return load_model(given.model, dtype=dtype)
+    return load_model(given.model, dtype=dtype, device_map=getattr(given, "device", None))
 
 
 def machine() -> dict[str, Any]:
