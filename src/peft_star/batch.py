@@ -1,4 +1,4 @@
-"""Rows as padded batches, and the logits at just the positions whose next token is a completion token."""
+"""Rows as batches, and the logits at just the positions whose next token is a completion token."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from .failures import Row
+from .prefix import Pack, mask_dtype, pack_rows, pad, prefix_mask
 
 
 @dataclass(eq=False)  # a batch is a key by its identity: tensors do not compare to one truth value
 class Batch:
-    """B rows padded on the right to T tokens, holding N completion tokens in all.
+    """B sequences padded on the right to T tokens, holding N completion tokens in all.
 
-    `rows` and `positions` (N) say where the N logits are read: entry i is position `positions[i]` of row `rows[i]`,
-    whose next token should be `expected[i]`. `slots` (N) numbers the completion tokens over all batches.
+    A sequence is a row, or, in a packed batch, several rows behind the prefix that they share (see `prefix.py`).
+    `rows` and `positions` (N) say where the N logits are read: entry i is position `positions[i]` of sequence
+    `rows[i]`, whose next token should be `expected[i]`. `slots` (N) numbers the completion tokens over all batches.
+
+    Attributes:
+        items: The rows.
+        input_ids: Token ids, shape (B, T).
+        attention_mask: 1 for tokens and 0 for padding, shape (B, T).
+        position_ids, segments: Of a packed batch, each token's position in its row and the number of its row in the
+            sequence (0: the prefix), shape (B, T).
+        dtype: Of a packed batch, the type of its mask.
     """
 
     items: list[Row]
@@ -28,9 +38,24 @@ class Batch:
     positions: torch.Tensor
     expected: torch.Tensor
     slots: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
 
     def __len__(self) -> int:
         return self.expected.numel()
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Which of the B x T tokens are no padding, bool."""
+        return self.attention_mask.bool()
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """What the model is to be called with. The mask (B, 1, T, T) of a packed batch is made anew each time."""
+        if self.segments is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        mask = prefix_mask(self.segments, self.dtype)
+        return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
 
 
 def completion_offsets(rows: Sequence[Row]) -> list[int]:
@@ -41,36 +66,56 @@ def completion_offsets(rows: Sequence[Row]) -> list[int]:
     return offsets
 
 
-def make_batches(rows: Sequence[Row], max_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Group rows of similar length so that rows x longest row stays within `max_tokens` (one row always fits)."""
+def make_batches(
+    rows: Sequence[Row],
+    max_tokens: int,
+    device: torch.device | str = "cpu",
+    model: nn.Module | None = None,
+) -> list[Batch]:
+    """Group rows of similar length so that rows x longest row stays within `max_tokens` (one row always fits).
+
+    Args:
+        rows: The rows.
+        max_tokens: Tokens of a batch, padding included.
+        device: Where the batches go.
+        model: With the model that they are for, rows that begin alike are packed behind their common prefix, if that
+            saves computation and this model computes the same then. Losses and gradients agree up to rounding.
+    """
     offsets = dict(zip((row.index for row in rows), completion_offsets(rows)))
-    batches, group = [], []
-    for row in sorted(rows, key=len):
-        if group and (len(group) + 1) * len(row) > max_tokens:
-            batches.append(_collate(group, offsets, device))
-            group = []
-        group.append(row)
-    if group:
-        batches.append(_collate(group, offsets, device))
+    dtype = None if model is None else mask_dtype(model)
+    packs = [Pack((row,)) for row in rows] if model is None else pack_rows(rows, max_tokens, model)
+    batches = []
+    # packed sequences need a mask of T² entries, so they keep to themselves
+    for packed in (False, True):
+        group: list[Pack] = []
+        for pack in sorted((pack for pack in packs if (len(pack.rows) > 1) == packed), key=len):
+            if group and (len(group) + 1) * len(pack) > max_tokens:
+                batches.append(_collate(group, offsets, device, dtype if packed else None))
+                group = []
+            group.append(pack)
+        if group:
+            batches.append(_collate(group, offsets, device, dtype if packed else None))
     return batches
 
 
-def _collate(group: list[Row], offsets: dict[int, int], device: torch.device | str) -> Batch:
-    width = max(len(row) for row in group)
-    input_ids = torch.zeros(len(group), width, dtype=torch.long)
-    attention_mask = torch.zeros(len(group), width, dtype=torch.long)
-    rows, positions, expected, slots = [], [], [], []
-    for number, row in enumerate(group):
-        input_ids[number, : len(row)] = torch.tensor(row.input_ids)
-        # the model's own padding id is masked out either way; repeating a real token keeps embeddings in range
-        input_ids[number, len(row) :] = row.input_ids[-1]
-        attention_mask[number, : len(row)] = 1
-        rows += [number] * len(row.completion_ids)
-        positions += row.medium_positions
-        expected += row.completion_ids
-        slots += range(offsets[row.index], offsets[row.index] + len(row.completion_ids))
-    index = [torch.tensor(values, device=device) for values in (rows, positions, expected, slots)]
-    return Batch(group, input_ids.to(device), attention_mask.to(device), *index)
+def _collate(
+    packs: list[Pack], offsets: dict[int, int], device: torch.device | str, dtype: torch.dtype | None
+) -> Batch:
+    """A batch of sequences, packed if they come with the `dtype` of their mask."""
+    tensors = pad(packs, device)
+    if dtype is None:
+        del tensors["position_ids"], tensors["segments"]
+    items, rows, positions, expected, slots = [], [], [], [], []
+    for number, pack in enumerate(packs):
+        items += pack.rows
+        positions += pack.medium_positions()
+        for row in pack.rows:
+            rows += [number] * len(row.completion_ids)
+            expected += row.completion_ids
+            slots += range(offsets[row.index], offsets[row.index] + len(row.completion_ids))
+    index = {"rows": rows, "positions": positions, "expected": expected, "slots": slots}
+    index = {name: torch.tensor(values, device=device) for name, values in index.items()}
+    return Batch(items, **tensors, **index, dtype=dtype)
 
 
 @contextmanager
@@ -96,7 +141,7 @@ def head_reads(model: nn.Module, batch: Batch) -> Iterator[None]:
 def completion_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Logits (N, V) at the batch's completion tokens."""
     with head_reads(model, batch):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        output = model(**batch.model_inputs(), use_cache=False)
     return output.logits[0]
 
 
