@@ -377,29 +377,28 @@ class LogitBias(Baseline):
             fill_predictions(predictions, batch, found)
             logits |= zip(batch.slots.tolist(), found)
         goal = Goal(only & ~predictions.right, predictions.right, margin)
-        values, sweeps = torch.zeros_like(found[0]), 0
+        values = torch.zeros_like(found[0])
         demands: list[tuple[int, torch.Tensor]] = []
         tried = torch.zeros_like(only)
         while (wanting := goal.wanting(predictions) & ~tried).any():
             slot = int((goal.failing & wanting if (goal.failing & wanting).any() else wanting).nonzero()[0])
             tried[slot] = True
             demand = int(predictions.expected[slot]), logits[slot]
-            raised, count = self._raise([*demands, demand], values, margin)
-            sweeps += count
+            raised = self._raise([*demands, demand], values, margin)
             if raised is None:
                 continue
             demands, values = [*demands, demand], raised
             for batch in batches:
                 fill_predictions(predictions, batch, torch.stack([logits[s] for s in batch.slots.tolist()]) + values)
         patch.values = values if patch.values is None else patch.values + values
-        return sweeps
+        return len(demands)
 
     def _raise(
         self, demands: list[tuple[int, torch.Tensor]], values: torch.Tensor, margin: float
-    ) -> tuple[torch.Tensor | None, int]:
+    ) -> torch.Tensor | None:
         """Raise the biases (V) until each demand's token is ahead at its logits; None when they still grow at last."""
         values = values.clone()
-        for sweep in range(1, self.settings["max_sweeps"] + 1):
+        for _ in range(self.settings["max_sweeps"]):
             before = values.clone()
             for token, logits in demands:
                 others = (logits + values).double()
@@ -409,5 +408,5 @@ class LogitBias(Baseline):
                 bias = needed.item() - math.log1p(-margin) - logits[token].item() + self.SLACK
                 values[token] = max(values[token].item(), bias)
             if torch.equal(before, values):
-                return values, sweep
-        return None, self.settings["max_sweeps"]
+                return values
+        return None

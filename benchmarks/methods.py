@@ -26,8 +26,9 @@ from peft_star import RepairArguments, StarConfig, repair
 
 __all__ = ["METHODS", "Method", "Outcome", "make_method"]
 
-# what a row's result says of a STAR run besides what was changed
+# of a patch's configuration and of a repair's arguments what results say of a STAR run
 SHOWN = ("num_neurons", "num_layers", "layer_selection", "neuron_pattern")
+SHOWN += ("learning_rate", "damping", "growth", "max_steps", "norm", "ridge", "occlusion", "max_rounds")
 
 
 class Star(Method):
@@ -37,11 +38,8 @@ class Star(Method):
         arguments = {item.name for item in fields(RepairArguments)}
         self._arguments = {key: value for key, value in settings.items() if key in arguments}
         self._config = {key: value for key, value in settings.items() if key not in arguments}
-        defaults = RepairArguments(**self._arguments).to_dict()
-        config = StarConfig(**self._config).to_dict()
-        shown = {key: config[key] for key in (*SHOWN, *self._config)}
-        # the mode and the margin are given when the method is run
-        super().__init__(name, **shown, **{key: defaults[key] for key in defaults if key not in ("mode", "margin")})
+        values = StarConfig(**self._config).to_dict() | RepairArguments(**self._arguments).to_dict()
+        super().__init__(name, **{key: values[key] for key in dict.fromkeys((*SHOWN, *settings))})
 
     @contextmanager
     def apply(self, problem: Problem) -> Iterator[Applied]:
