@@ -24,6 +24,7 @@ import side_effects
 import sparsity
 import trajectory
 from interface import MODES
+from methods import make_method
 
 BEGIN = "<!-- reading: written by hand, kept when this page is made again -->"
 END = "<!-- end of the reading -->"
@@ -44,7 +45,11 @@ class Pictures:
 
 
 def _effectiveness(state: State, pictures: Pictures) -> str:
-    text = effectiveness.report(state, list(state["methods"]), MODES, state["setting"]["tasks"])
+    methods = {name: make_method(name) for name in state["methods"]}
+    for name, method in methods.items():
+        method.settings = state["methods"][name]  # as measured, whatever the defaults are by now
+    modes = [mode for mode in MODES if any(key.startswith(f"{mode}/") for key in state["results"])]
+    text = effectiveness.report(state, methods, modes, state["setting"]["tasks"])
     return re.sub(r"^### ", "#### ", text, flags=re.MULTILINE)
 
 
@@ -140,7 +145,7 @@ def command(kind: str, state: State) -> str:
     options = {**state["setting"], **SECTIONS[kind].options(state)}
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
-        if name in ("model", "data") or value is None or value is True:
+        if name in ("model", "data") or value is None or value is True or isinstance(value, dict):
             continue
         if value is False:
             words.append(f"--no-{name.replace('_', '-')}")

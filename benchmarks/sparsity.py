@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,19 @@ import numpy as np
 from figures import BLUE, GREY, VERMILION, bootstrap, drawing, offsets, save, with_interval
 from fresh_patch import patch_row
 from harness import Harm, load, parser, resume, setting_of, task_rows, write_json
+from methods import METHODS
 from peft import get_peft_model
 from tqdm.auto import tqdm
 
 from peft_star import RepairArguments, StarConfig, repair
 
 ALGORITHM_1, DEFAULTS = "Algorithm 1", "defaults"
-VARIANTS: dict[str, dict[str, Any]] = {ALGORITHM_1: {"damping": 1.0, "growth": 1.0}, DEFAULTS: {}}
+ARGUMENTS = {item.name for item in fields(RepairArguments)}
+# what makes Algorithm 1 is said once, with the methods; the layers and neurons are the figures' own
+VARIANTS: dict[str, dict[str, Any]] = {
+    ALGORITHM_1: {key: value for key, value in METHODS["star-paper"].keywords.items() if key in ARGUMENTS},
+    DEFAULTS: {},
+}
 SHARES = [2.0**-power for power in range(8)]
 LAYER_SHARES = [tenths / 10 for tenths in range(1, 11)]
 COUNTS: list[int | float] = [1, 4, 16, 64, 256, 1.0]
@@ -80,7 +86,8 @@ def settings(figures: Sequence[int]) -> list[Setting]:
 
 def scan_row(base, tokenizer, row: dict[str, str], occlusion: str) -> dict[str, Any]:
     """What the unpatched model does on a row, and the indices of its layers, the most important first."""
-    model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=1))
+    config = StarConfig(task_type="CAUSAL_LM", num_neurons=1, num_layers=1.0, layer_selection="occlusion")
+    model = get_peft_model(base, config)
     arguments = RepairArguments(occlusion=occlusion, max_steps=1, verify_generation=False, disable_tqdm=True)
     report = repair(model, tokenizer, [row], arguments)
     model.unload()
@@ -224,17 +231,17 @@ def plot(state: dict[str, Any], path: Path) -> None:
                     spread = offsets([point[f"{measure}_interval"] for _, point in measured], values)
                     # apart by a little, so that one line's error bars do not hide another's
                     shift = 0.08 * (list(lines).index((line, variant)) - (len(lines) - 1) / 2)
-                    drawn_line = axis.errorbar([x + shift for x in places], values, spread, **look)
+                    drawn_line = axis.errorbar([x + shift for x in places], values, spread, elinewidth=0.8, **look)
                 handles[name] = drawn_line
                 lower.set_xticks(range(len(order)), order)
             lower.axhspan(low, high, color=GREY, alpha=0.12, linewidth=0)
             handles["unpatched model"] = lower.axhline(base, color=GREY, linestyle=":")
             lower.set_xlabel(X_AXES[number])
             upper.set_title(TITLES[number])
-        for row, title in enumerate(("failing tokens solved", "exact match (completion tokens right)")):
+        for row, title in enumerate(("failing tokens solved", "completion tokens right")):
             axes[row, 0].set_ylabel(title)
             axes[row, 0].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1.0))
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, 2 * len(drawn)))
         save(figure, path)
 
 
@@ -248,6 +255,7 @@ def main() -> None:
     given = options.parse_args()
     # more rows, tasks and figures only add to what a file holds
     setting = setting_of(given, "data", "tasks", "rows", "figures", "plot", "device")
+    setting["defaults"] = RepairArguments().to_dict()
     state = {"benchmark": "sparsity", "scan": {}} | resume(given.json, setting)
     # the rows' texts are not ours to pass on with the results
     rows = {

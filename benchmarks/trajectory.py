@@ -127,7 +127,10 @@ def run(base, tokenizer, row: dict[str, str], given: argparse.Namespace, state: 
     """Walk the paths and fill the grid, saving after every point of it."""
     config = StarConfig(task_type="CAUSAL_LM", num_neurons=given.neurons, num_layers=given.layers)
     model = get_peft_model(base, config).eval()
-    prepare(model, tokenizer, [row], RepairArguments(learning_rate=given.learning_rate, disable_tqdm=True))
+    try:
+        prepare(model, tokenizer, [row], RepairArguments(learning_rate=given.learning_rate, disable_tqdm=True))
+    except ValueError as error:
+        raise SystemExit(f"Row {given.row} of {given.task} has no path: {error} Choose another with --row.") from None
     model.requires_grad_(False)
     deltas = [parameter for name, parameter in model.named_parameters() if "star_delta" in name]
     for delta in deltas:
@@ -148,7 +151,10 @@ def run(base, tokenizer, row: dict[str, str], given: argparse.Namespace, state: 
                 kept.append(step)
                 points.append(point.cpu())
         walked[name] = kept, torch.stack(points), losses
-    plane = plane_through(walked[STAR][1][-1], walked[SGD][1][-1])
+    try:
+        plane = plane_through(walked[STAR][1][-1], walked[SGD][1][-1])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     paths = {}
     for name, (kept, points, losses) in walked.items():
         coordinates, inside = project(points, plane)
@@ -264,8 +270,6 @@ def main() -> None:
         base, tokenizer = load(given)
         try:
             run(base, tokenizer, row, given, state)
-        except ValueError as error:
-            options.error(str(error))
         except KeyboardInterrupt:
             print(f"Interrupted; {given.json} holds what is finished, and the same command goes on from there.")
             raise SystemExit(130) from None

@@ -14,8 +14,10 @@ import torch
 
 pytest.importorskip("bm25s")
 pytest.importorskip("matplotlib")
+pytest.importorskip("rouge_score")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import effectiveness
 import figures
 import paper_figures
 import report
@@ -251,6 +253,14 @@ def test_too_few_rows_for_a_case(benchmark, tmp_path):
 # sparsity
 
 
+def test_algorithm_1_takes_constant_steps():
+    from peft_star import RepairArguments
+
+    fixed = RepairArguments(**sparsity.VARIANTS[sparsity.ALGORITHM_1])
+    assert (fixed.damping, fixed.growth) == (1, 1)
+    assert not getattr(fixed, "line_search", False)
+
+
 def test_layers_are_taken_by_importance():
     ranked = [3, 0, 2, 1]
     half = sparsity.Setting(5, "layers by occlusion", "defaults", 1.0, 0.5)
@@ -368,6 +378,11 @@ def test_the_page_holds_everything_and_keeps_the_reading(benchmark, tmp_path, mo
     small = ["--methods", "logit-bias", "--cases", 2, "--margins", 0.1]
     benchmark(side_effects, "--rows", ROWS, "--tasks", "ia32", *small, "--json", results / "a.json")
     benchmark(trajectory, "--steps", 3, "--grid", 3, "--neurons", 8, "--json", results / "b.json")
+    one_row = ["--tasks", "conala", "--rows", 1]
+    monkeypatch.setattr(sparsity, "COUNTS", [4])
+    benchmark(sparsity, *one_row, "--figures", 6, "--steps", 2, "--json", results / "d.json")
+    simple = ["--methods", "logit-bias", "--no-generate", "--no-harm"]
+    benchmark(effectiveness, *one_row, *simple, "--json", results / "effectiveness.json")
     state = json.loads((results / "a.json").read_text())
     state["setting"]["model"] = "someone/Another-Model"
     (results / "c.json").write_text(json.dumps(state))
@@ -384,8 +399,11 @@ def test_the_page_holds_everything_and_keeps_the_reading(benchmark, tmp_path, mo
     assert str(tiny_dir) not in text
     assert text.count("### Side effects (RQ3)") == 2 and "### Table 5: side effects" in text
     assert "--cases 2 --methods logit-bias --margins 0.1" in text
+    assert "--steps 2 --occlusion exact --tasks conala --rows 1 --figures 6" in text
+    assert "--no-generate --no-harm --methods logit-bias" in text
+    assert "#### conala" in text and "*Figure 6" in text and "| SGD |" in text
     pictures = [part.split(")")[0] for part in text.split("](")[1:]]
-    assert len(pictures) == len(set(pictures)) == 5
+    assert len(pictures) == len(set(pictures)) == 6
     assert all((page.parent / picture).stat().st_size > 10_000 for picture in pictures)
 
     page.write_text(text.replace(report.BEGIN, f"{report.BEGIN}\n\nSTAR does less harm."))
