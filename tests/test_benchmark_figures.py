@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
+
+from peft_star import RepairArguments, StarConfig, prepare, repair
 
 pytest.importorskip("bm25s")
 pytest.importorskip("matplotlib")
@@ -253,12 +257,21 @@ def test_too_few_rows_for_a_case(benchmark, tmp_path):
 # sparsity
 
 
-def test_algorithm_1_takes_constant_steps():
-    from peft_star import RepairArguments
-
-    fixed = RepairArguments(**sparsity.VARIANTS[sparsity.ALGORITHM_1])
-    assert (fixed.damping, fixed.growth) == (1, 1)
-    assert not getattr(fixed, "line_search", False)
+def test_algorithm_1_moves_by_the_priors_magnitude(tiny_model, tiny_tokenizer):
+    rows = [{"prompt": "a b c", "completion": "de"}]
+    fixed = RepairArguments(
+        **sparsity.VARIANTS[sparsity.ALGORITHM_1], max_steps=1, verify_generation=False, disable_tqdm=True
+    )
+    config = {"task_type": "CAUSAL_LM", "num_neurons": 8, "layer_selection": "all"}
+    model = get_peft_model(copy.deepcopy(tiny_model), StarConfig(**config))
+    priors = prepare(model, tiny_tokenizer, rows, fixed)
+    model = get_peft_model(tiny_model, StarConfig(**config))
+    repair(model, tiny_tokenizer, rows, fixed)
+    deltas = {name: module.star_delta["default"] for name, module in tiny_model.named_modules() if name in priors}
+    assert len(deltas) == 4
+    for name, delta in deltas.items():
+        assert torch.allclose(delta.abs(), fixed.learning_rate * priors[name].abs(), rtol=1e-4, atol=1e-7)
+        assert delta.any()
 
 
 def test_layers_are_taken_by_importance():
