@@ -32,7 +32,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "lora": grid(target_modules=TARGETS, rank=[8, 16], learning_rate=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
     "shira": grid(target_modules=TARGETS, optimizer=["adamw"], learning_rate=[1e-3, 3e-3, 1e-2, 3e-2])
     + grid(target_modules=["ffn-second"], optimizer=["sgd"], learning_rate=[1e-1, 1.0]),
-    "mint": grid(factor=[0.3, 1.0, 3.0, 10.0]),
+    "mint": grid(factor=[0.3, 1.0, 3.0, 10.0, 30.0]),
 }
 
 
