@@ -2,9 +2,9 @@
 
     python benchmarks/report.py --folder results --out docs/results.md
 
-Reads the files that effectiveness.py, sparsity.py, side_effects.py, trajectory.py, speed.py and scaling.py wrote,
-whatever their names; any may be missing, and several models get a section each. Pictures go into a folder beside the
-page. What stands between the two marks of the reading is written by hand and kept when the page is made again.
+Reads the files of the benchmarks in `SECTIONS`; any may be missing, and several models get a section each. A file says
+itself which benchmark wrote it, or its name begins with the benchmark's. Pictures go into a folder beside the page.
+What stands between the two marks of the reading is written by hand and kept when the page is made again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import paper_figures
 import side_effects
 import sparsity
 import trajectory
+from figures import label
 from interface import MODES
 from methods import make_method
 
@@ -58,7 +59,11 @@ def _side_effects(state: State, pictures: Pictures) -> str:
         "trade-off", "Generalization against specificity", lambda path: side_effects.plot_trade_off(state, path)
     )
     harm = pictures("harm", "Generalization against harm", lambda path: side_effects.plot_harm(state, path))
-    return f"{side_effects.table(state)}\n\n{trade_off}\n\n{harm}"
+    settings = [
+        f"- {label(name)}: {', '.join(f'{key} {value}' for key, value in found.items())}."
+        for name, found in state["methods"].items()
+    ]
+    return "\n\n".join([side_effects.table(state), trade_off, harm, "\n".join(settings)])
 
 
 def _sparsity(state: State, pictures: Pictures) -> str:

@@ -414,6 +414,7 @@ def test_the_page_holds_everything_and_keeps_the_reading(benchmark, tmp_path, mo
     assert "--cases 2 --methods logit-bias --margins 0.1" in text
     assert "--steps 2 --occlusion exact --tasks conala --rows 1 --figures 6" in text
     assert "--no-generate --no-harm --methods logit-bias" in text
+    assert text.count("- logit bias: max_sweeps 100.") == 3
     assert "#### conala" in text and "*Figure 6" in text and "| SGD |" in text
     pictures = [part.split(")")[0] for part in text.split("](")[1:]]
     assert len(pictures) == len(set(pictures)) == 6
