@@ -27,20 +27,22 @@ from peft_star import RepairArguments, StarConfig, repair
 
 __all__ = ["METHODS", "Method", "Outcome", "make_method"]
 
-# of a patch's configuration and of a repair's arguments what results say of a STAR run
-SHOWN = ("num_neurons", "num_layers", "layer_selection", "neuron_pattern")
-SHOWN += ("learning_rate", "damping", "growth", "max_steps", "norm", "ridge", "occlusion", "max_rounds")
+# of a patch's configuration and of a repair's arguments what results say of a STAR run, and what they do not
+CONFIG = ("num_neurons", "num_layers", "layer_selection", "neuron_pattern")
+UNSAID = {"mode", "margin", "max_batch_tokens", "verify_generation", "allow_other_base", "disable_tqdm"}
 
 
 class Star(Method):
     """`get_peft_model` and `repair`; settings are fields of `StarConfig` and `RepairArguments`."""
 
     def __init__(self, name: str, **settings: Any):
-        arguments = {item.name for item in fields(RepairArguments)}
-        self._arguments = {key: value for key, value in settings.items() if key in arguments}
-        self._config = {key: value for key, value in settings.items() if key not in arguments}
-        values = StarConfig(**self._config).to_dict() | RepairArguments(**self._arguments).to_dict()
-        super().__init__(name, **{key: values[key] for key in dict.fromkeys((*SHOWN, *settings))})
+        known = {item.name for item in fields(RepairArguments)}
+        self._arguments = {key: value for key, value in settings.items() if key in known}
+        self._config = {key: value for key, value in settings.items() if key not in known}
+        arguments = RepairArguments(**self._arguments).to_dict()
+        config = StarConfig(**self._config).to_dict()
+        shown = {key: config[key] for key in (*CONFIG, *self._config)}
+        super().__init__(name, **shown, **{key: arguments[key] for key in arguments if key not in UNSAID})
 
     @contextmanager
     def apply(self, problem: Problem) -> Iterator[Applied]:
