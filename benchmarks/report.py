@@ -22,6 +22,7 @@ import effectiveness
 import paper_figures
 import side_effects
 import sparsity
+import speed
 import trajectory
 from figures import label
 from interface import MODES
@@ -76,6 +77,13 @@ def _trajectory(state: State, pictures: Pictures) -> str:
     return f"{drawn}\n\n{trajectory.table(state)}"
 
 
+def _speed(state: State, pictures: Pictures) -> str:
+    drawn = [pictures("speed", "Seconds of each method by row", lambda path: speed.plot_methods(state, path))]
+    if speed.metered(state):
+        drawn.append(pictures("phases", "Phases of a repair by row", lambda path: speed.plot_phases(state, path)))
+    return "\n\n".join([*drawn, speed.report(state)])
+
+
 @dataclass(frozen=True)
 class Section:
     """One benchmark's part of the page.
@@ -105,6 +113,14 @@ def _side_effects_options(state: State) -> dict[str, Any]:
     return {"cases": len(state["cases"]), "methods": list(state["results"]), "margins": margins}
 
 
+def _speed_options(state: State) -> dict[str, Any]:
+    keys = [key.rsplit("/", 3)[1:] for key in state["results"]]
+    mint = [int(number) for number, name, _ in keys if name == "mint"]
+    options = {"repeats": 1 + max(int(repeat) for *_, repeat in keys), "mint_rows": 1 + max(mint) if mint else None}
+    settings = {name: json.dumps(state["setting"][name]) for name in ("config", "arguments") if state["setting"][name]}
+    return {"methods": list(state["methods"]), **options, **settings}
+
+
 SECTIONS: dict[str, Section] = {
     "effectiveness": Section(
         "Effectiveness and efficiency (RQ1)",
@@ -115,6 +131,7 @@ SECTIONS: dict[str, Section] = {
             ("Table 4: seconds to solve a failure", paper_figures.seconds_table),
         ),
     ),
+    "speed": Section("Speed of a repair", _speed, _speed_options),
     "sparsity": Section("Sparsity patterns (RQ2)", _sparsity, _sparsity_options),
     "side_effects": Section(
         "Side effects (RQ3)",
