@@ -27,12 +27,14 @@ _METHODS = {
     "sgd": ("SGD", VERMILION, "s"),
     "mint": ("MINT", ORANGE, "^"),
     "star": ("STAR", BLUE, "o"),
+    "star-general": ("STAR, generalising", VERMILION, "o"),
     "star-paper": ("STAR (Algorithm 1)", SKY, "D"),
     "star-model-wise": ("STAR[model-wise]", BLUE, "X"),
     "star-layer": ("STAR[layer]", GREEN, "v"),
     "star-neuron": ("STAR[neuron]", PURPLE, "P"),
     "logit-bias": ("logit bias", BLACK, "x"),
     "lora": ("LoRA", "#8C6D00", "<"),
+    "lora-practice": ("LoRA, usual settings", "#8C6D00", "d"),
     "shira": ("SHiRA", "#7F3C8D", ">"),
 }
 _SPARE = ((GREY, "h"), ("#A05195", "p"), ("#2F4B7C", "8"), ("#665191", "*"))

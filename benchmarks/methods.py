@@ -3,12 +3,13 @@
     with make_method("star").patched(base, tokenizer, rows) as outcome:
         outcome.model.generate(...)
 
-`star` is the package with its defaults. Its variants: `star-model-wise` ranks neurons over all layers together;
-`star-layer` and `star-neuron` are STAR[layer] and STAR[neuron] of the paper's Table 5. The paper does not spell these
-out, but says that one patches hundreds of times as many neurons as the other. With 11,008 neurons in a layer, and 64
-in section 5.2 ("specifying the layer that is most critical to the loss"), these are all neurons of the one most
-critical layer, and 64 of them. `star-paper` is Algorithm 1 to the letter, on all neurons of all layers. `sgd` has the
-paper's rate; `lora-10` has as many steps as STAR, `lora` and `shira` have 50.
+`star` is the package with its defaults, `star-general` the same with priors averaged over plausible contexts. The
+paper's variants run Algorithm 1 to the letter: `star-paper` on all neurons of all layers, `star-model-wise` on as many
+as 64 a layer, ranked over all layers together; `star-layer` and `star-neuron` are STAR[layer] and STAR[neuron] of its
+Table 5. The paper does not spell these out, but says that one patches hundreds of times as many neurons as the other.
+With 11,008 neurons in a layer, and 64 in section 5.2 ("specifying the layer that is most critical to the loss"), these
+are all neurons of the one most critical layer, and 64 of them. `sgd` has the paper's rate; `lora-10` has as many steps
+as STAR, `lora`, `lora-practice` and `shira` have 50.
 """
 
 from __future__ import annotations
@@ -72,18 +73,25 @@ def _method(kind: type[Method], name: str, **settings: Any) -> Callable[..., Met
 # these settings, MINT's factor and the rate of `sgd-tuned` come from tuning.py on SmolLM2-135M
 ADAPTER = {"optimizer": "adamw", "rank": 8, "target_modules": "ffn-second", "learning_rate": 1e-2, "seed": 0}
 
+# practice, as tutorials have it, instead of the quickest setting that solves everything
+PRACTICE = {**ADAPTER, "rank": 16, "target_modules": "all-linear", "learning_rate": 2e-4}
+# Algorithm 1 to the letter
+PAPER = {"algorithm": "prior-guided", "damping": 1.0, "growth": 1.0}
+
 METHODS: dict[str, Callable[..., Method]] = {
     factory.args[0]: factory
     for factory in (
         _method(Star, "star"),
-        _method(Star, "star-model-wise", neuron_pattern="model-wise"),
-        _method(Star, "star-layer", num_layers=1, num_neurons=1.0),
-        _method(Star, "star-neuron", num_layers=1, num_neurons=64),
-        _method(Star, "star-paper", layer_selection="all", num_neurons=1.0, damping=1.0, growth=1.0),
+        _method(Star, "star-general", generalization=5.0),
+        _method(Star, "star-paper", **PAPER, layer_selection="all", num_neurons=1.0),
+        _method(Star, "star-model-wise", **PAPER, layer_selection="all", neuron_pattern="model-wise"),
+        _method(Star, "star-layer", **PAPER, layer_selection="occlusion", num_layers=1, num_neurons=1.0),
+        _method(Star, "star-neuron", **PAPER, layer_selection="occlusion", num_layers=1, num_neurons=64),
         _method(Mint, "mint", factor=10.0, candidates=5, max_patches=10),
         _method(FullSGD, "sgd", optimizer="sgd", learning_rate=1e-2, max_steps=10),
         _method(FullSGD, "sgd-tuned", optimizer="sgd", learning_rate=3e-3, max_steps=10),
         _method(Adapter, "lora", adapter="lora", **ADAPTER, max_steps=50),
+        _method(Adapter, "lora-practice", adapter="lora", **PRACTICE, max_steps=50),
         _method(Adapter, "lora-10", adapter="lora", **ADAPTER, max_steps=10),
         _method(Adapter, "shira", adapter="shira", **ADAPTER, max_steps=50),
         _method(LogitBias, "logit-bias", max_sweeps=100),

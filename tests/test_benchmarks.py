@@ -23,8 +23,11 @@ ROWS = [{"prompt": "the cat", "completion": "ab"}, {"prompt": "a dog", "completi
 # the tiny model has 96 neurons in a layer and random weights: other rates than a real model's
 QUICK = {
     "star": {"num_neurons": 32, "max_steps": 50},
-    "star-model-wise": {"num_neurons": 32, "max_steps": 50},
-    "star-neuron": {"num_neurons": 32},
+    "star-general": {"num_neurons": 32, "max_steps": 50},
+    "star-paper": {"max_steps": 100},
+    "star-model-wise": {"num_neurons": 32, "max_steps": 100},
+    "star-layer": {"max_steps": 200},
+    "star-neuron": {"num_neurons": 32, "max_steps": 200},
     "mint": {"factor": 3.0},
     "sgd": {"max_steps": 50},
     "sgd-tuned": {"max_steps": 50},

@@ -115,7 +115,7 @@ def test_defaults_are_those_of_the_api() -> None:
     config, arguments = peft_star.StarConfig(), peft_star.RepairArguments()
     assert cli._parse_amount("--neurons", defaults["neurons"]) == config.num_neurons
     assert cli._parse_layers(defaults["layers"]) == {"num_layers": config.num_layers}
-    assert config.layer_selection == "occlusion"
+    assert config.layer_selection == "last"
     assert defaults["neuron_pattern"] == config.neuron_pattern
     assert (defaults["steps"], defaults["lr"]) == (arguments.max_steps, arguments.learning_rate)
 
@@ -454,8 +454,8 @@ def test_inspect_shows_layers_and_report(run: Callable[..., Result], patch: Path
     result = run("inspect", patch, "--json")
     assert result.err == ""
     assert result.json["base_model"] == str(tiny_dir)
-    assert result.json["neurons"] == 64
-    assert result.json["parameters"] == 64 * 32
+    assert result.json["neurons"] == 32
+    assert result.json["parameters"] == 32 * 32
     assert result.json["report"]["summary"]["success"] is True
     assert result.json["config"]["peft_type"] == "STAR"
     module = result.json["modules"][0]

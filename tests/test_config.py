@@ -16,8 +16,8 @@ from peft_star import StarConfig
 def test_defaults():
     config = StarConfig()
     assert config.peft_type is PeftType.STAR
-    assert (config.num_neurons, config.num_layers) == (64, 0.5)
-    assert (config.layer_selection, config.neuron_pattern) == ("occlusion", "layer-wise")
+    assert (config.num_neurons, config.num_layers) == (64, 0.25)
+    assert (config.layer_selection, config.neuron_pattern) == ("last", "layer-wise")
     assert config.init_weights is True
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
         assert getattr(config, name) is None
@@ -112,7 +112,7 @@ def test_amounts_of_the_wrong_type(name, value):
     [
         (ValueError, {"neuron_pattern": "layerwise"}, "'layer-wise', 'model-wise'"),
         (ValueError, {"neuron_pattern": None}, "'layer-wise', 'model-wise'"),
-        (ValueError, {"layer_selection": "best"}, "'occlusion', 'all' or a list"),
+        (ValueError, {"layer_selection": "best"}, "'occlusion', 'last', 'all' or a list"),
         (ValueError, {"layer_selection": []}, "empty list"),
         (ValueError, {"layer_selection": [1, 1]}, "twice"),
         (ValueError, {"layer_selection": [-1]}, "counted from 0"),

@@ -7,6 +7,7 @@ from peft_star import structure
 from peft_star.batch import completion_logits, make_batches
 from peft_star.failures import Row
 from peft_star.locate import (
+    candidate_layers,
     count_of,
     exact_occlusion,
     input_x_gradient,
@@ -230,11 +231,23 @@ def test_layer_selection():
     assert select_layers(importance, "occlusion", 2) == ["m.3", "m.4"]
     assert select_layers(importance, "occlusion", 0.75) == ["m.2", "m.3", "m.4"]
     assert select_layers(importance, "all", 1) == list(importance)
-    assert select_layers(importance, [5, 2], None) == ["m.2", "m.5"]
-    with pytest.raises(ValueError, match="names layer 1, but the adapter can patch layers 2, 3, 4, 5"):
-        select_layers(importance, [1], None)
+    assert select_layers(importance, [5, 2], None) == list(importance)
     with pytest.raises(ValueError, match="at most 4"):
         select_layers(importance, "occlusion", 5)
+
+
+def test_candidate_layers():
+    names = ["m.2", "m.3", "m.4", "m.5"]
+    assert candidate_layers(names, "occlusion", 0.5) == names
+    assert candidate_layers(names, "all", 1) == names
+    assert candidate_layers(names, "last", 0.5) == ["m.4", "m.5"]
+    assert candidate_layers(names, "last", 1) == ["m.5"]
+    assert candidate_layers(names, [5, 2], 1) == ["m.2", "m.5"]
+    with pytest.raises(ValueError, match="names layer 1, but the adapter can patch layers 2, 3, 4, 5"):
+        candidate_layers(names, [1], 0.5)
+    for selection in ("last", "occlusion"):
+        with pytest.raises(ValueError, match="at most 4"):
+            candidate_layers(names, selection, 5)
 
 
 def test_counts_and_shares():

@@ -373,13 +373,16 @@ def test_inference_mode_is_computed_in_full():
     assert replay.nbytes == 0
 
 
-def test_a_distributed_job_is_computed_in_full():
+def test_layers_that_talk_to_other_processes_are_computed_in_full():
     model, inputs = tiny_llama(), Inputs(tiny_models.tokens())
     replay = Replay(model, "model.layers.2")
     logits(model, inputs, replay)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
+        assert not computed_in_full(model, inputs, replay)  # each process has the whole model
+        model._tp_size = 2  # what transformers sets under tensor parallelism
         assert computed_in_full(model, inputs, replay)
+        del model._tp_size
     finally:
         torch.distributed.destroy_process_group()
     assert not computed_in_full(model, inputs, replay)

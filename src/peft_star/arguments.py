@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MODES = ("multiple", "single")
+ALGORITHMS = ("protected", "prior-guided")
 NORMS = ("std", "rms", "max", "l2")
 OCCLUSIONS = ("first-order", "exact")
 
@@ -41,8 +42,15 @@ class RepairArguments:
     Args:
         learning_rate (`float`): The factor of Algorithm 1 (paper section 3.3): each step moves a parameter by
             `learning_rate` times the prior's magnitude.
-        damping, growth (`float`): Factors of an entry's step size when its gradient's sign turns, and when it stays;
-            1 and 1 are Algorithm 1 to the letter (see [`PriorGuidedSGD`]).
+        damping, growth (`float`): With `"prior-guided"`, factors of an entry's step size when its gradient's sign
+            turns, and when it stays; 1 and 1 are Algorithm 1 to the letter (see [`PriorGuidedSGD`]).
+        algorithm (`str`): `"protected"` pushes each failure as strongly as it needs, found by forward passes, through
+            neurons' combinations that tell it from background text; `"prior-guided"` is the paper's Algorithm 1 with
+            its fixed steps.
+        generalization (`float`): With `"protected"`, how much the neurons' activations at a failure are averaged with
+            those in the contexts before it in which the expected token is plausible. 0 repairs this failure and little
+            else; 5 also moves related failures about as far as a bias on the token's logit does, at less harm.
+        background (`int`): Tokens of background text that `"protected"` protects; 0: none.
         max_steps (`int`): At most this many steps for one set of failures (paper section 4.4: 10).
         mode (`str`): `"multiple"` solves all failures together with one prior; `"single"` solves them one after the
             other, each with a prior of its own (paper section 4, RQ1).
@@ -67,6 +75,9 @@ class RepairArguments:
     learning_rate: float = field(default=1e-2, metadata={"help": "Step factor of Algorithm 1."})
     damping: float = field(default=0.5, metadata={"help": "Step size factor where a gradient's sign turns."})
     growth: float = field(default=1.2, metadata={"help": "Step size factor where a gradient's sign stays."})
+    algorithm: str = field(default="protected", metadata={"help": "'protected' or 'prior-guided' (the paper's)."})
+    generalization: float = field(default=0.0, metadata={"help": "Weight of contexts that make the token plausible."})
+    background: int = field(default=2048, metadata={"help": "Tokens of background text that are protected; 0: none."})
     max_steps: int = field(default=10, metadata={"help": "At most this many steps per set of failures."})
     mode: str = field(default="multiple", metadata={"help": "'multiple' or 'single'."})
     norm: str = field(default="std", metadata={"help": "Norm of the semantic delta (equation 1)."})
@@ -83,11 +94,15 @@ class RepairArguments:
         _finite("learning_rate", self.learning_rate, above=0)
         _finite("damping", self.damping, above=0, at_most=1)
         _finite("growth", self.growth, at_least=1)
+        _finite("generalization", self.generalization, at_least=0)
         _finite("ridge", self.ridge, at_least=0)
         _finite("margin", self.margin, at_least=0, below=1)
         for name in ("max_steps", "max_rounds", "max_batch_tokens"):
             _count(name, getattr(self, name))
+        if isinstance(self.background, bool) or not isinstance(self.background, int) or self.background < 0:
+            raise ValueError(f"`background` is {self.background!r}; give a number of tokens, or 0 for no protection.")
         _choice("mode", self.mode, MODES)
+        _choice("algorithm", self.algorithm, ALGORITHMS)
         _choice("norm", self.norm, NORMS)
         _choice("occlusion", self.occlusion, OCCLUSIONS)
 

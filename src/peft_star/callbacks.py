@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tqdm.auto import tqdm
 
 from .arguments import RepairArguments
+from .distributed import is_main_process
 
 PHASES = ("failures", "trace", "locate", "solve", "patch", "verify")
 
@@ -82,7 +83,7 @@ class Journal:
     def __init__(self, args: RepairArguments, callbacks: Sequence[RepairCallback] | None):
         self.args, self.state = args, RepairState(max_steps=args.max_steps)
         self.callbacks = list(callbacks or ())
-        if not args.disable_tqdm:
+        if not args.disable_tqdm and is_main_process():
             self.callbacks.append(ProgressCallback())
 
     def call(self, event: str) -> None:

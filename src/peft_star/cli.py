@@ -102,8 +102,8 @@ def repair(
         str, typer.Option(help="Neurons in each patched layer: a number, or a share such as 0.1.")
     ] = "64",
     layers: Annotated[
-        str, typer.Option(help="Layers: a share such as 0.5, a number, 'all', or indices such as 3,7,9.")
-    ] = "0.5",
+        str, typer.Option(help="The last layers: a share such as 0.5, a number, 'all', or indices such as 3,7,9.")
+    ] = "0.25",
     neuron_pattern: Annotated[
         str, typer.Option(help="Rank neurons within each layer (layer-wise) or over all of them (model-wise).")
     ] = "layer-wise",

@@ -13,7 +13,7 @@ from peft.utils import PeftType
 
 from .loading import WEIGHTS_NAME
 
-LAYER_SELECTIONS = ("occlusion", "all")
+LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
 
 
@@ -91,11 +91,13 @@ class StarConfig(PeftConfig):
             `nn.ModuleList` of the model, which is often called 'layers' or 'h'.
         modules_to_save (`Optional[list[str]]`, *optional*):
             List of modules apart from the adapter layers to be set as trainable and saved in the final checkpoint.
-        layer_selection (`Union[Literal["occlusion", "all"], list[int]]`, *optional*, defaults to `"occlusion"`):
+        layer_selection (`Union[Literal["occlusion", "last", "all"], list[int]]`, *optional*, defaults to `"last"`):
             How the layers to patch are chosen when a repair runs: "occlusion" takes the layers whose removal changes
-            the loss most, "all" takes every target layer, a list of ints names the layers.
-        num_layers (`Union[int, float]`, *optional*, defaults to `0.5`):
-            How many layers a repair with `layer_selection="occlusion"` patches: a number or a share in (0, 1].
+            the loss most, "last" those nearest to the LM head, so that a repair neither differentiates nor repeats
+            what lies below them, "all" takes every target layer, a list of ints names the layers.
+        num_layers (`Union[int, float]`, *optional*, defaults to `0.25`):
+            How many layers a repair with `layer_selection="occlusion"` or `"last"` patches: a number or a share in
+            (0, 1].
         neuron_pattern (`Literal["layer-wise", "model-wise"]`, *optional*, defaults to `"layer-wise"`):
             Whether a repair ranks neurons within each layer ("layer-wise": the same number in each) or over all
             selected layers together ("model-wise": the layers may hold different numbers). See section 3.1 of the
@@ -176,20 +178,18 @@ class StarConfig(PeftConfig):
             )
         },
     )
-    layer_selection: Literal["occlusion", "all"] | list[int] = field(
-        default="occlusion",
+    layer_selection: Literal["occlusion", "last", "all"] | list[int] = field(
+        default="last",
         metadata={
             "help": (
                 "How a repair chooses the layers to patch: 'occlusion' (those whose removal changes the loss most), "
-                "'all', or a list of layer indices."
+                "'last' (those nearest to the LM head), 'all', or a list of layer indices."
             )
         },
     )
     num_layers: int | float = field(
-        default=0.5,
-        metadata={
-            "help": "How many layers a repair with layer_selection='occlusion' patches: a number or a share in (0, 1]."
-        },
+        default=0.25,
+        metadata={"help": "How many layers a repair by 'occlusion' or 'last' patches: a number or a share in (0, 1]."},
     )
     neuron_pattern: Literal["layer-wise", "model-wise"] = field(
         default="layer-wise",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .batch import Batch, completion_logits, loss_at
+from .distributed import ALONE, Team
 from .trace import Trace
 
 
@@ -28,6 +29,7 @@ def exact_occlusion(
     medium: torch.Tensor,
     loss: float,
     progress: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Change in loss when one decoder layer is skipped, one forward pass for each (paper section 3.1).
 
@@ -38,6 +40,7 @@ def exact_occlusion(
         medium: Slots of the failures, shape (n).
         loss: The trace's loss.
         progress: Called with 1 after each layer.
+        team: The processes that the batches are dealt out to.
 
     Returns:
         `dict[str, float]`: Loss with the layer skipped minus `loss`.
@@ -45,7 +48,7 @@ def exact_occlusion(
     changes = {}
     for name, module in decoder_layers.items():
         with _skipped(module):
-            changes[name] = sum(_medium_loss(model, batch, medium) for batch in batches) - loss
+            changes[name] = team.total(sum(_medium_loss(model, batch, medium) for batch in team.share(batches))) - loss
         if progress is not None:
             progress(1)
     return changes
@@ -106,6 +109,30 @@ def count_of(amount: int | float, total: int, what: str) -> int:
     return max(1, round(amount * total))
 
 
+def candidate_layers(
+    names: Sequence[str], selection: str | Sequence[int], num_layers: int | float | None
+) -> list[str]:
+    """The decoder layers among which a repair may choose; nothing below the lowest of them needs a gradient.
+
+    Args:
+        names: The decoder layers that carry the adapter, in order of depth.
+        selection: `"last"`: the last `num_layers` of them; `"occlusion"`, `"all"`: every one; or the layers' indices.
+        num_layers: Count or share; None: all.
+
+    Raises:
+        ValueError: There are fewer layers, or none of the given index.
+    """
+    if isinstance(selection, str):
+        count = len(names) if num_layers is None or selection == "all" else count_of(num_layers, len(names), "layers")
+        return list(names[-count:] if selection == "last" else names)
+    by_index = {int(name.rpartition(".")[2]): name for name in names}
+    wrong = [index for index in selection if index not in by_index]
+    if wrong:
+        have = ", ".join(map(str, by_index))
+        raise ValueError(f"layer_selection names layer {wrong[0]}, but the adapter can patch layers {have}.")
+    return [name for index, name in by_index.items() if index in set(selection)]
+
+
 def select_layers(
     importance: dict[str, float], selection: str | Sequence[int], num_layers: int | float | None
 ) -> list[str]:
@@ -113,22 +140,15 @@ def select_layers(
 
     Args:
         importance: Change in loss per candidate layer, in order of depth.
-        selection: `"occlusion"` (largest change in magnitude), `"all"`, or the layers' own indices.
+        selection: With `"occlusion"` those of the largest change in magnitude; otherwise all candidates.
         num_layers: With `"occlusion"`: count or share.
     """
     names = list(importance)
-    if isinstance(selection, str):
-        if selection == "all" or num_layers is None:
-            return names
-        count = count_of(num_layers, len(names), "layers")
-        chosen = set(sorted(names, key=lambda name: abs(importance[name]), reverse=True)[:count])
-        return [name for name in names if name in chosen]
-    by_index = {int(name.rpartition(".")[2]): name for name in names}
-    wrong = [index for index in selection if index not in by_index]
-    if wrong:
-        have = ", ".join(map(str, by_index))
-        raise ValueError(f"layer_selection names layer {wrong[0]}, but the adapter can patch layers {have}.")
-    return [name for index, name in by_index.items() if index in set(selection)]
+    if selection != "occlusion" or num_layers is None:
+        return names
+    count = count_of(num_layers, len(names), "layers")
+    chosen = set(sorted(names, key=lambda name: abs(importance[name]), reverse=True)[:count])
+    return [name for name in names if name in chosen]
 
 
 def select_neurons(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from .batch import Batch, completion_logits, loss_at
-from .trace import Predictions, empty_predictions, fill_predictions
+from .distributed import ALONE, Team
+from .task import Task
+from .trace import Predictions, empty_predictions, fill_predictions, join_predictions
 
 
 class PriorGuidedSGD(torch.optim.Optimizer):
@@ -89,17 +92,19 @@ class PriorGuidedSGD(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if "prior" not in state:
-                    self._set_prior(param, None)
-                sign = param.grad.sign()
-                update = sign * state["prior"] if "prior" in state else sign
-                if (group["damping"], group["growth"]) != (1, 1):
-                    update = update * self._step_size(state, sign, group["damping"], group["growth"])
-                param.sub_(update.to(param.dtype), alpha=group["lr"])
+                if param.grad is not None:
+                    param.sub_(self._update(param, group).to(param.dtype), alpha=group["lr"])
         return loss
+
+    def _update(self, param: torch.Tensor, group: dict) -> torch.Tensor:
+        state = self.state[param]
+        if "prior" not in state:
+            self._set_prior(param, None)
+        sign = param.grad.sign()
+        update = sign * state["prior"] if "prior" in state else sign
+        if (group["damping"], group["growth"]) != (1, 1):
+            update = update * self._step_size(state, sign, group["damping"], group["growth"])
+        return update
 
     @staticmethod
     def _step_size(state: dict, sign: torch.Tensor, damping: float, growth: float) -> torch.Tensor:
@@ -119,13 +124,15 @@ def patch_neurons(
     deltas: Sequence[nn.Parameter],
     gradients: Sequence[torch.Tensor] | None,
     medium: torch.Tensor,
-    right_before: torch.Tensor,
+    before: Predictions,
     *,
     learning_rate: float,
     damping: float,
     growth: float,
     max_steps: int,
     margin: float,
+    replay: Callable[[Batch], AbstractContextManager] = nullcontext,
+    team: Team = ALONE,
     retain: Callable[[], Sequence[tuple[Batch, torch.Tensor]]] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> Predictions:
@@ -136,12 +143,14 @@ def patch_neurons(
 
     Args:
         model: The causal LM; nothing but `deltas` needs a gradient.
-        batches: The rows; their slots index `right_before` (S).
+        batches: The rows; their slots index `before` (S).
         deltas: The patched layers' deltas, each with a `star_prior`.
         gradients: ∂L/∂delta of the trace, for a first step without another pass; None: computed.
         medium: Slots (n) of the failures.
-        right_before: Which of the S completion tokens are right before the patch.
+        before: [`Predictions`] (S) without the patch. Its tokens that are right, apart from `medium`, must stay so.
         learning_rate, damping, growth, max_steps, margin: See [`RepairArguments`].
+        replay: Context around the forwards of a batch, see [`Replay`].
+        team: The processes that the batches are dealt out to.
         retain: Called once the failures are solved; gives retained batches with a mask (N) of tokens that broke.
         on_step: Called with the step, the failures solved, and the loss.
 
@@ -149,39 +158,39 @@ def patch_neurons(
         [`Predictions`] (S) of the state that was kept.
     """
     optimizer = PriorGuidedSGD(deltas, lr=learning_rate, damping=damping, growth=growth)
-    is_medium = torch.zeros_like(right_before)
-    is_medium[medium] = True
-    best: tuple[tuple[int, int], list[torch.Tensor], Predictions] | None = None
+    task = Task.of(medium, before, margin)
+    optimizer.zero_grad()
     if gradients is None:
-        optimizer.zero_grad()
-        _forward_backward(model, batches, is_medium, right_before, empty_predictions(right_before.numel()))
+        forward_backward(model, batches, task, replay, team=team)
     else:
         for delta, gradient in zip(deltas, gradients):
             delta.grad = gradient.to(delta.device, delta.dtype)
+    best = None
     for step in range(1, max_steps + 1):
+        team.sum_gradients(deltas)
         optimizer.step()
         optimizer.zero_grad()
-        predictions = empty_predictions(right_before.numel())
-        loss = _forward_backward(model, batches, is_medium, right_before, predictions, margin, step < max_steps)
-        solved = predictions.solved(margin)
-        broken = right_before & ~predictions.right
-        done = bool(solved[medium].all()) and not broken.any()
-        harmed = 0
+        here, loss = forward_backward(
+            model, batches, task, replay, team=team, skip_solved=True, backward=step < max_steps
+        )
+        done, harmed = task.done(here), 0
+        hurt = []
         if done and retain is not None:
             hurt = [(batch, mask) for batch, mask in retain() if mask.any()]
             harmed = sum(int(mask.sum()) for _, mask in hurt)
             done = not hurt
-            if hurt and step < max_steps:
-                for batch, mask in hurt:
-                    loss_at(completion_logits(model, batch), batch, mask).backward()
-                _forward_backward(model, batches, is_medium, right_before, empty_predictions(len(right_before)))
-        score = int(predictions.right[medium].sum()), -int(broken.sum()) - harmed
+        score = task.score(here, harmed)
         if best is None or score > best[0] or done:
-            best = score, [delta.detach().clone() for delta in deltas], predictions
+            best = score, [delta.detach().clone() for delta in deltas], here
         if on_step is not None:
-            on_step(step, int(solved[medium].sum()), loss)
-        if done:
+            on_step(step, int(here.solved(margin)[medium].sum()), loss)
+        if done or step == max_steps:
             break
+        if hurt:
+            masks = dict(hurt)
+            for batch in team.share(list(masks)):
+                loss_at(completion_logits(model, batch), batch, masks[batch]).backward()
+            forward_backward(model, batches, task, replay, team=team)
     optimizer.zero_grad()
     with torch.no_grad():
         for delta, kept in zip(deltas, best[1]):
@@ -189,33 +198,37 @@ def patch_neurons(
     return best[2]
 
 
-def _forward_backward(
+def forward_backward(
     model: nn.Module,
     batches: Sequence[Batch],
-    is_medium: torch.Tensor,
-    right_before: torch.Tensor,
-    predictions: Predictions,
-    margin: float | None = None,
+    task: Task,
+    replay: Callable[[Batch], AbstractContextManager],
+    *,
+    team: Team = ALONE,
+    elsewhere: Predictions | None = None,
+    skip_solved: bool = False,
     backward: bool = True,
-) -> float:
-    """Fill `predictions`, and accumulate the gradient of the loss over the failures and the broken tokens.
+) -> tuple[Predictions, float]:
+    """What the model says now, and the loss over the failures and the broken tokens; its gradient is accumulated, that
+    of this process's batches.
 
-    A batch whose failures are all solved and whose other tokens are whole is not differentiated: it has nothing to ask
-    for, and comes back when a later step undoes it. `margin` None: differentiate every batch. Returns the loss.
+    `skip_solved`: a batch whose failures are all solved and whose other tokens are whole is not differentiated: it has
+    nothing to ask for, and comes back when a later step undoes it. `elsewhere`: predictions at the slots that no batch
+    holds.
     """
+    predictions = empty_predictions(len(task.medium)) if elsewhere is None else join_predictions(elsewhere)
     total = 0.0
-    for batch in batches:
+    for batch in team.share(batches):
         slots = batch.slots.cpu()
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), replay(batch):
             logits = completion_logits(model, batch)
         fill_predictions(predictions, batch, logits.detach())
-        broken = (right_before & ~predictions.right)[slots]
-        chosen = is_medium[slots] | broken
+        chosen = (task.medium | task.broken(predictions))[slots]
         if chosen.any():
             with torch.set_grad_enabled(backward):
                 loss = loss_at(logits, batch, chosen)
             total += loss.item()
-            wanting = margin is None or (is_medium & ~predictions.solved(margin))[slots].any() or broken.any()
-            if backward and wanting:
+            if backward and not (skip_solved and not task.wanting(predictions)[slots].any()):
                 loss.backward()
-    return total
+    team.join(predictions, batches)
+    return predictions, team.total(total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -14,12 +14,15 @@ from torch import nn
 
 from . import structure
 from .arguments import RepairArguments
-from .batch import Batch, completion_offsets, make_batches
+from .background import WINDOW, background_activations
+from .batch import Batch, completion_logits, completion_offsets, make_batches
 from .callbacks import Journal, RepairCallback
+from .distributed import Team
 from .failures import Row, encode_rows
 from .fingerprint import check_base, fingerprint
 from .hub import remember_report
 from .locate import (
+    candidate_layers,
     count_of,
     exact_occlusion,
     input_x_gradient,
@@ -28,12 +31,16 @@ from .locate import (
     select_neurons,
 )
 from .model import StarModel
-from .patch import patch_neurons
+from .patch import forward_backward, patch_neurons
+from .prefix import input_device
 from .records import Records
+from .replay import Replay
 from .report import PatchedLayer, RepairReport
 from .semantics import semantic_bases, semantic_delta
 from .solve import solve_prior
-from .trace import Predictions, Trace, trace
+from .steer import SteeredLayer, steer_neurons
+from .task import Task
+from .trace import Predictions, Trace, fill_predictions, join_predictions, trace
 from .verify import generate, teacher_forced
 
 
@@ -80,6 +87,7 @@ def repair(
     rows = session.encode(failures, "failures row")
     retain = list(retain) if retain is not None and not isinstance(retain, (str, bytes, dict)) else retain
     retained = session.encode(retain, "retain row") if retain else []
+    session.team.check_same((rows, retained))
     return session.run(rows, retained)
 
 
@@ -104,7 +112,7 @@ def prepare(
     session = _Session(model, tokenizer, args, Journal(args, ()))
     rows = session.encode(failures, "failures row")
     with session.frozen():
-        traced = session.trace(make_batches(rows, args.max_batch_tokens, session.device))
+        traced = session.trace(session.batches(rows))
         if not traced.medium.numel():
             raise ValueError("No token of these rows fails; there is nothing to solve.")
         session.solve(traced, session.locate(traced, None))
@@ -145,27 +153,31 @@ class _Session:
         # retargeting records the neurons found in the config; each failure of this repair gets what was asked for
         self.num_neurons = self.config.num_neurons
         self.bases = None
+        self.with_contexts = args.algorithm == "protected" and args.generalization > 0
         if not hasattr(self.base, "get_output_embeddings") or self.base.get_output_embeddings() is None:
             raise ValueError(f"{type(self.base).__name__} has no LM head; repair() needs a causal language model.")
-        self.device = self.base.get_input_embeddings().weight.device
-        # layers that lose the adapter stay candidates for the next failure of this repair
-        self.candidates = list(self.patched())
+        self.device = input_device(self.base)
+        self.team = Team(self.base)
         layers = dict(structure.find_decoder_layers(self.base))
         self.decoder_of = {
-            name: next((layer for layer in layers if name.startswith(f"{layer}.")), None) for name in self.candidates
+            name: next((layer for layer in layers if name.startswith(f"{layer}.")), None) for name in self.patched()
         }
         orphan = next((name for name, layer in self.decoder_of.items() if layer is None), None)
         if orphan is not None:
             raise ValueError(f"The target module {orphan} lies in no decoder layer; leave it out of `target_modules`.")
-        self.decoder_layers = {name: layers[name] for name in layers if name in set(self.decoder_of.values())}
         self._check_widths()
+        # layers that lose the adapter stay candidates for the next failure of this repair
+        within = [name for name in layers if name in set(self.decoder_of.values())]
+        within = candidate_layers(within, self.config.layer_selection, self.config.num_layers)
+        self.decoder_layers = {name: layers[name] for name in within}
+        self.candidates = [name for name, layer in self.decoder_of.items() if layer in self.decoder_layers]
         check_base(self.base, self.config, allow_mismatch=args.allow_other_base)
         self.occlusion: dict[str, Any] = {}
         self.steps = 0
 
     def _check_widths(self) -> None:
         head = self.base.get_output_embeddings().weight
-        for name in self.candidates:
+        for name in self.decoder_of:
             layer = self.layer(name)
             if self.adapter in layer.merged_adapters:
                 raise ValueError(f"Adapter {self.adapter!r} is merged; call model.unmerge_adapter() before a repair.")
@@ -177,8 +189,6 @@ class _Session:
                     f"{name} writes {layer.out_features} features but the LM head reads {head.shape[1]}; "
                     "STAR needs FFNs that write to the representation that the head reads."
                 )
-        if self.config.layer_selection == "occlusion" and self.config.num_layers is not None:
-            count_of(self.config.num_layers, len(self.decoder_layers), "layers")
 
     # the model's parts
 
@@ -199,11 +209,18 @@ class _Session:
             raise TypeError("failures and retain must be lists (or datasets) of rows with 'prompt' and 'completion'.")
         return encode_rows(rows, self.tokenizer, limit, name=name)
 
+    def batches(self, rows: Sequence[Row]) -> list[Batch]:
+        return make_batches(rows, self.team.limit(self.args.max_batch_tokens, rows), self.device, self.base)
+
+    def teacher_forced(self, batches: Sequence[Batch]) -> Predictions:
+        return teacher_forced(self.base, batches, self.journal.advance, self.team)
+
     @contextmanager
     def frozen(self):
         """Evaluation mode, nothing but the adapter's deltas trainable; everything back as it was afterwards."""
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
+        self.replay = Replay(self.base, next(iter(self.decoder_layers)))
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -220,21 +237,28 @@ class _Session:
 
     # the operations
 
-    def trace(self, batches: Sequence[Batch], only: torch.Tensor | None = None) -> Trace:
+    def ffns(self) -> dict[str, nn.Module]:
+        """The candidates' second matrices, whose inputs are the neurons' activations."""
         # a mixture's experts show their activations through a module of their own, which only the adapter has
         modules = {name: self.layer(name) for name in self.candidates}
-        ffns = {
+        return {
             name: getattr(module, "second", module)
             for name, module in modules.items()
             if hasattr(module, "second") or structure.routed_shape(module) is None
         }
-        with self.journal.phase("trace", sum(len(batch.items) for batch in batches)):
+
+    def trace(self, batches: Sequence[Batch], only: torch.Tensor | None = None) -> Trace:
+        with self.journal.phase("trace", self.team.rows(batches)):
             return trace(
                 self.base,
                 batches,
-                ffns,
+                self.ffns(),
                 self.decoder_layers,
                 only_slots=only,
+                keep_sequences=self.args.algorithm == "prior-guided",
+                with_contexts=self.with_contexts,
+                replay=self.replay,
+                team=self.team,
                 progress=self.journal.advance,
             )
 
@@ -246,7 +270,13 @@ class _Session:
             self.occlusion = {"first-order": importance}
             if exact:
                 measured = exact_occlusion(
-                    self.base, batches, self.decoder_layers, traced.medium, traced.loss, self.journal.advance
+                    self.base,
+                    batches,
+                    self.decoder_layers,
+                    traced.medium,
+                    traced.loss,
+                    self.journal.advance,
+                    self.team,
                 )
                 count = count_of(self.config.num_layers or 1.0, len(importance), "layers")
                 self.occlusion |= {"exact": measured, "agreement": rank_agreement(importance, measured, count)}
@@ -258,38 +288,58 @@ class _Session:
             inside = {name: values for name, values in scores.items() if self.decoder_of[name] in chosen}
             return select_neurons(inside, self.num_neurons, "layer-wise")
 
+    def semantics(self, traced: Trace, name: str) -> torch.Tensor:
+        """Semantic deltas (n, d) of the traced tokens, for the FFN `name`."""
+        predictions, medium = traced.predictions, traced.medium
+        hidden_rms = traced.hidden_rms[self.decoder_of[name]]
+        rival, expected = predictions.rival[medium], predictions.expected[medium]
+        return semantic_delta(self.bases, rival, expected, self.args.norm, hidden_rms)
+
     def solve(self, traced: Trace, located: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
         """Put the located neurons into the adapter, solve their priors, and return the first step's gradients."""
         with self.journal.phase("solve", len(located)):
             self.bases = self.bases or semantic_bases(self.base)
-            predictions, medium = traced.predictions, traced.medium
-            semantics = partial(
-                semantic_delta, self.bases, predictions.argmax[medium], predictions.expected[medium], self.args.norm
-            )
-            shared = None if self.args.norm == "rms" else semantics()
             self._extend(located)
             gradients = []
             for name in self.patched():
-                layer, layer_trace = self.layer(name), traced.layers[name]
+                layer, layer_trace = self.layer(name), traced.layers.get(name)
                 delta = layer.star_delta[self.adapter]
                 prior = torch.zeros_like(delta)
                 neurons = layer.star_neurons[self.adapter].long()
                 if name in located:
                     wanted = located[name].to(neurons.device)
-                    activations = torch.cat(layer_trace.activations).index_select(1, wanted)
-                    steer = shared if shared is not None else semantics(traced.hidden_rms[self.decoder_of[name]])
-                    solved = solve_prior(activations, steer, self.args.ridge).to(prior)
+                    activations = traced.activations(name, wanted)
+                    solved = solve_prior(activations, self.semantics(traced, name), self.args.ridge).to(prior)
                     # rows of the adapter are ascending, as `wanted` is
                     prior[torch.isin(neurons, wanted)] = solved
                 delta.star_prior = prior
-                gradients.append(layer_trace.gradient(neurons))
+                gradients.append(torch.zeros_like(delta) if layer_trace is None else layer_trace.gradient(neurons))
                 self.journal.advance()
-        return None if any(gradient is None for gradient in gradients) else gradients
+        missing = any(gradient is None for gradient in gradients)
+        return None if any(self.team.gather(missing)) else gradients
+
+    def steered(self, located: dict[str, torch.Tensor]) -> list[SteeredLayer]:
+        """Put the located neurons into the adapter, and read what they do on background text."""
+        tokens, layers = self.args.background, []
+        with self.journal.phase("solve", -(-tokens // WINDOW)):
+            self.bases = self.bases or semantic_bases(self.base)
+            self._extend(located)
+            ffns = self.ffns()
+            ffns = {name: ffns[name] for name in located}
+            background = (
+                background_activations(self.base, self.tokenizer, ffns, tokens, self.journal.advance) if tokens else {}
+            )
+            for name in located:
+                layer = self.layer(name)
+                neurons = layer.star_neurons[self.adapter].long()
+                shown = background[name].index_select(1, neurons.to(background[name].device)) if tokens else None
+                layers.append(SteeredLayer(name, layer.star_delta[self.adapter], neurons, shown))
+        return layers
 
     def _extend(self, located: dict[str, torch.Tensor]) -> None:
         """Give the adapter the located neurons besides those that already hold a delta, which is kept."""
         union, kept = {}, {}
-        for name in self.candidates:
+        for name in self.decoder_of:
             module = self.layer(name)
             neurons = located[name].cpu().long() if name in located else torch.empty(0, dtype=torch.long)
             if self.adapter in getattr(module, "star_delta", {}):
@@ -310,11 +360,12 @@ class _Session:
     def patch(
         self,
         batches: Sequence[Batch],
-        gradients: list[torch.Tensor] | None,
-        medium: torch.Tensor,
-        right_before: torch.Tensor,
-        retain,
-    ) -> None:
+        traced: Trace,
+        retained: Sequence[Batch],
+        before_retained: Predictions | None,
+    ) -> Predictions:
+        """Locate, solve and patch what was traced; returns what the model then says at the tokens of `batches`."""
+        located = self.locate(traced, batches)
         state = self.journal.state
         solved_before = state.num_solved
 
@@ -324,115 +375,195 @@ class _Session:
             self.journal.advance()
             self.journal.call("on_step_end")
 
+        if self.args.algorithm == "prior-guided":
+            predictions = self._patch_prior_guided(batches, traced, located, retained, before_retained, on_step)
+        else:
+            predictions = self._patch_protected(batches, traced, located, retained, before_retained, on_step)
+        state.num_solved = solved_before + int(predictions.right[traced.medium].sum())
+        return predictions
+
+    def _patch_protected(self, batches, traced: Trace, located, retained, before_retained, on_step) -> Predictions:
+        layers = self.steered(located)
+        size = len(traced.predictions.right)
+        if retained:
+            # retained tokens come behind those of the rows; they are watched in every forward once one has broken
+            retained = [replace(batch, slots=batch.slots + size) for batch in retained]
+            traced.predictions = join_predictions(traced.predictions, before_retained)
+        before = join_predictions(traced.predictions)
+        task = Task.of(traced.medium, before, self.args.margin)
+        watched, unwatched = list(batches), list(retained)
+
+        def look() -> tuple[Predictions, float]:
+            return forward_backward(
+                self.base, watched, task, self.replay, team=self.team, elsewhere=before, backward=False
+            )
+
+        def retrace(slots: torch.Tensor) -> Trace:
+            return trace(
+                self.base,
+                watched,
+                {name: ffn for name, ffn in self.ffns().items() if name in located},
+                self.decoder_layers,
+                only_slots=slots,
+                also_slots=slots,
+                elsewhere=before,
+                keep_sequences=False,
+                with_contexts=self.with_contexts,
+                replay=self.replay,
+                team=self.team,
+            )
+
+        def elsewhere(now: Predictions) -> None:
+            for batch in self.team.share(unwatched):
+                fill_predictions(now, batch, completion_logits(self.base, batch))
+            self.team.join(now, unwatched)
+            for batch in list(unwatched):
+                if task.broken(now)[batch.slots.cpu()].any():
+                    unwatched.remove(batch)
+                    watched.append(batch)
+
+        with self.journal.phase("patch", self.args.max_steps):
+            predictions = steer_neurons(
+                layers,
+                traced,
+                task,
+                look,
+                retrace,
+                lambda found, layer: self.semantics(found, layer.name),
+                learning_rate=self.args.learning_rate,
+                max_steps=self.args.max_steps,
+                ridge=self.args.ridge,
+                generalization=self.args.generalization,
+                elsewhere=torch.no_grad()(elsewhere),
+                on_step=on_step,
+            )
+        return predictions.head(size)
+
+    def _patch_prior_guided(self, batches, traced: Trace, located, retained, before_retained, on_step) -> Predictions:
+        gradients = self.solve(traced, located)
         deltas = [self.layer(name).star_delta[self.adapter] for name in self.patched()]
         for delta in deltas:
             delta.requires_grad_(True)
         try:
             with self.journal.phase("patch", self.args.max_steps):
-                predictions = patch_neurons(
+                return patch_neurons(
                     self.base,
                     batches,
                     deltas,
                     gradients,
-                    medium,
-                    right_before,
+                    traced.medium,
+                    traced.predictions,
                     learning_rate=self.args.learning_rate,
                     damping=self.args.damping,
                     growth=self.args.growth,
                     max_steps=self.args.max_steps,
                     margin=self.args.margin,
-                    retain=retain,
+                    replay=self.replay,
+                    team=self.team,
+                    retain=partial(self._harmed, retained, before_retained) if retained else None,
                     on_step=on_step,
                 )
         finally:
             for delta in deltas:
                 delta.requires_grad_(False)
-        state.num_solved = solved_before + int(predictions.right[medium].sum())
 
     # the modes
 
-    def _multiple(self, batches, retain) -> None:
-        traced = self.trace(batches)
-        gradients = self.solve(traced, self.locate(traced, batches))
-        self.patch(batches, gradients, traced.medium, traced.predictions.right, retain)
-
-    def _single(self, rows: Sequence[Row], before: Predictions, retain) -> None:
+    def _single(self, rows: Sequence[Row], before: Predictions, retained, before_retained) -> None:
         """One failure after the other, each with a prior of its own; failures that broke again come up again."""
         state = self.journal.state
+        # made once, so that what is replayed of a row serves all of its failures
+        batches_of = {row.index: make_batches([row], self.args.max_batch_tokens, self.device) for row in rows}
+        all_batches = make_batches(rows, self.team.limit(self.args.max_batch_tokens, rows), self.device)
         for _ in range(self.args.max_rounds):
             solved_at_start = state.num_solved
             for row, start in zip(rows, completion_offsets(rows)):
-                batches = make_batches([row], self.args.max_batch_tokens, self.device)
-                slots = torch.arange(start, start + len(row.completion_ids))
-                right = before.right[slots]
-                for position in range(len(row.completion_ids)):
-                    if right[position]:
-                        continue
+                batches = batches_of[row.index]
+                right = before.right[start : start + len(row.completion_ids)]
+                for position in (~right).nonzero()[:, 0].tolist():
                     only = torch.tensor([position])
                     traced = self.trace(batches, only)
                     if not traced.medium.numel():
                         continue
-                    keep = traced.predictions.right.clone()
-                    keep[position] = False
-                    gradients = self.solve(traced, self.locate(traced, batches))
-                    self.patch(batches, gradients, only, keep, retain)
-            now = teacher_forced(self.base, make_batches(rows, self.args.max_batch_tokens, self.device))
+                    self.patch(batches, traced, retained, before_retained)
+            now = teacher_forced(self.base, all_batches, team=self.team)
             state.num_solved = int(now.right[~before.right].sum())
             if now.right.all() or state.num_solved <= solved_at_start:
                 break
 
     def run(self, rows: list[Row], retained: list[Row]) -> RepairReport:
         args, state = self.args, self.journal.state
-        row_batches = make_batches(rows, args.max_batch_tokens, self.device)
-        retain_batches = make_batches(retained, args.max_batch_tokens, self.device)
-        before = interrupted = None
+        row_batches, retain_batches = self.batches(rows), self.batches(retained)
+        interrupted = traced = after = None
         self.journal.call("on_repair_begin")
         with self.frozen():
-            before = self._before(rows, retained, row_batches, retain_batches)
+            if args.mode == "multiple":
+                # the trace's forward says what fails, too
+                traced = self.trace(row_batches)
+                before = _Before(join_predictions(traced.predictions), None)
+            else:
+                with self.journal.phase("failures", self.team.rows(row_batches)):
+                    before = _Before(self.teacher_forced(row_batches), None)
+            self._before(before, rows, retained, retain_batches)
             state.num_failures = int((~before.rows.right).sum())
-            retain = partial(self._harmed, retain_batches, before.retained) if retained else None
             try:
-                if state.num_failures and args.mode == "multiple":
-                    self._multiple(row_batches, retain)
+                if state.num_failures and traced is not None:
+                    after = self.patch(row_batches, traced, retain_batches, before.retained)
                 elif state.num_failures:
-                    self._single(rows, before.rows, retain)
+                    self._single(rows, before.rows, retain_batches, before.retained)
             except KeyboardInterrupt as error:
+                # several processes do not stop at the same place, so they cannot go on together
+                if self.team.size > 1:
+                    raise
                 interrupted = error
             self.config.base_fingerprint = fingerprint(self.base)
-            report = self._report(rows, retained, row_batches, retain_batches, before, interrupted is not None)
+            report = self._report(rows, retained, row_batches, retain_batches, before, after, interrupted is not None)
         remember_report(self.model, self.adapter, report)
         self.journal.call("on_repair_end")
         if interrupted is not None:
             raise RepairInterrupted(report) from interrupted
         return report
 
-    def _before(self, rows, retained, row_batches, retain_batches) -> _Before:
-        with self.journal.phase("failures", len(rows) + len(retained)):
-            before = _Before(teacher_forced(self.base, row_batches, self.journal.advance), None)
-            if retained:
-                before.retained = teacher_forced(self.base, retain_batches, self.journal.advance)
+    def _before(self, before: _Before, rows, retained, retain_batches) -> None:
+        if retained:
+            with self.journal.phase("failures", self.team.rows(retain_batches)):
+                before.retained = self.teacher_forced(retain_batches)
         if self.args.verify_generation:
-            with self.journal.phase("verify", len(rows) + len(retained)):
+            with self.journal.phase("verify", len(self.team.share_rows([*rows, *retained]))):
                 before.generated = self._generate(rows, retained)
-        return before
 
     def _generate(self, rows, retained) -> dict[str, list[tuple[int, ...]]]:
-        run = partial(
-            generate, self.base, self.tokenizer, max_tokens=self.args.max_batch_tokens, progress=self.journal.advance
-        )
+        def run(rows: Sequence[Row]) -> list[tuple[int, ...]]:
+            own = self.team.share_rows(rows)
+            limit = self.team.limit(self.args.max_batch_tokens, rows)
+            new = generate(self.base, self.tokenizer, own, limit, self.journal.advance)
+            pairs = self.team.gather({row.index: tokens for row, tokens in zip(own, new)})
+            found = {index: tokens for part in pairs for index, tokens in part.items()}
+            return [found[row.index] for row in rows]
+
         return {"failures": run(rows), "retain": run(retained) if retained else []}
 
     def _harmed(self, batches: Sequence[Batch], before: Predictions) -> list[tuple[Batch, torch.Tensor]]:
         """Retained batches with the mask (N) of tokens that were right and are wrong now."""
-        now = teacher_forced(self.base, batches)
+        now = teacher_forced(self.base, batches, team=self.team)
         return [(batch, (before.right & ~now.right)[batch.slots.cpu()]) for batch in batches]
 
     # the report
 
-    def _report(self, rows, retained, row_batches, retain_batches, before: _Before, interrupted: bool) -> RepairReport:
-        with self.journal.phase("verify", len(rows) + len(retained)):
-            after = teacher_forced(self.base, row_batches)
-            after_retained = teacher_forced(self.base, retain_batches) if retained else None
+    def _report(
+        self,
+        rows,
+        retained,
+        row_batches,
+        retain_batches,
+        before: _Before,
+        after: Predictions | None,
+        interrupted: bool,
+    ) -> RepairReport:
+        with self.journal.phase("verify", len(self.team.share_rows([*rows, *retained]))):
+            # the last forward of `multiple` mode was of these very rows with the state that was kept
+            after = teacher_forced(self.base, row_batches, team=self.team) if after is None else after
+            after_retained = teacher_forced(self.base, retain_batches, team=self.team) if retained else None
             generated = self._generate(rows, retained) if self.args.verify_generation and not interrupted else {}
         report = RepairReport(
             failures=[],

@@ -18,6 +18,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from .distributed import spans_processes
+
 # a recorded batch takes rows x tokens x hidden width x bytes of the data type
 MAX_BYTES = 1 << 30
 # a forward that is asked for these reads more of the lower layers than the hidden state that leaves them
@@ -79,10 +81,10 @@ class Replay:
     layers themselves see NaN, save that the last of them returns what it returned.
 
     Where replaying cannot be exact, forwards are computed in full: when the model is in training mode (dropout,
-    gradient checkpointing), in `torch.inference_mode`, in a distributed job (where layers may talk to other processes,
-    as in FSDP), when a forward is asked for a cache, hidden states, attentions or router logits, and for models whose
-    upper layers read more of the lower ones than the hidden state, such as the shared keys and values of Gemma 3n. The
-    latter is found out by replaying a short input when the object is made.
+    gradient checkpointing), in `torch.inference_mode`, when layers talk to other processes (as in FSDP), when a
+    forward is asked for a cache, hidden states, attentions or router logits, and for models whose upper layers read
+    more of the lower ones than the hidden state, such as the shared keys and values of Gemma 3n. The latter is found
+    out by replaying a short input when the object is made.
 
     Args:
         model: A causal LM, in evaluation mode; the module that is called within the context.
@@ -146,7 +148,7 @@ class Replay:
     def _applies(self, kwargs: dict[str, Any]) -> bool:
         if not self._lower or not self.exact or torch.is_inference_mode_enabled():
             return False
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if spans_processes(self.model):
             return False
         config = getattr(self.model, "config", None)
         if callable(text_config := getattr(config, "get_text_config", None)):

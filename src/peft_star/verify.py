@@ -9,20 +9,26 @@ from torch import nn
 from transformers import GenerationConfig
 
 from .batch import Batch, completion_logits
+from .distributed import ALONE, Team
 from .failures import Row
+from .prefix import input_device
 from .trace import Predictions, empty_predictions, fill_predictions
 
 
 @torch.no_grad()
 def teacher_forced(
-    model: nn.Module, batches: Sequence[Batch], progress: Callable[[int], None] | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    progress: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> Predictions:
     """The model's predictions at every completion token, given the right tokens before it."""
     predictions = empty_predictions(sum(len(batch) for batch in batches))
-    for batch in batches:
+    for batch in team.share(batches):
         fill_predictions(predictions, batch, completion_logits(model, batch))
         if progress is not None:
             progress(len(batch.items))
+    team.join(predictions, batches)
     return predictions
 
 
@@ -48,7 +54,7 @@ def generate(
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
     settings = {"do_sample": False, "num_beams": 1, "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     done: dict[int, tuple[int, ...]] = {}
     group: list[Row] = []
 
