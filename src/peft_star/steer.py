@@ -172,7 +172,9 @@ def _pushes(
         gradient = traced.gradients(layer.name).double()
         targets = -semantics(traced, layer).abs().to(gradient.device) * gradient.sign()
         activations = traced.activations(layer.name, layer.neurons).to(gradient.device)
-        answer = protected_answer(activations, factors[layer.name], ridge)
+        contexts = traced.contexts(layer.name, layer.neurons)
+        contexts = contexts if contexts is None else contexts.to(gradient.device)
+        answer = protected_answer(activations, factors[layer.name], ridge, contexts, generalization)
         pushes.append(_Push(layer.delta, layer.delta.detach().clone(), answer, targets))
         descent -= (gradient * targets).sum(dim=1).float().cpu()
     return pushes, descent

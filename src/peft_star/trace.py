@@ -122,6 +122,7 @@ class Trace:
         loss: Sum of the cross entropy over the medium tokens.
         own: Those of `medium` that lie in this process's batches.
         team: The processes that the batches are dealt out to.
+        averaged: Whether the activations were also averaged over plausible contexts.
     """
 
     predictions: Predictions
@@ -132,11 +133,19 @@ class Trace:
     loss: float
     own: torch.Tensor
     team: Team
+    averaged: bool = False
 
     def activations(self, name: str, neurons: torch.Tensor) -> torch.Tensor:
         """V (n, k) of these neurons (k) of the FFN `name`."""
         parts = self.layers[name].activations
         return self._of_all([part.index_select(1, neurons.to(part.device)) for part in parts])
+
+    def contexts(self, name: str, neurons: torch.Tensor) -> torch.Tensor | None:
+        """U (n, k): V averaged over the contexts in which the expected tokens are plausible; None: not asked for."""
+        parts = self.layers[name].contexts
+        return (
+            self._of_all([part.index_select(1, neurons.to(part.device)) for part in parts]) if self.averaged else None
+        )
 
     def gradients(self, name: str) -> torch.Tensor:
         """∂L/∂o (n, d) of the FFN `name`."""
@@ -245,7 +254,7 @@ def trace(
     """
     start = empty_predictions(sum(len(batch) for batch in batches)) if elsewhere is None else elsewhere
     none = torch.empty(0, dtype=torch.long)
-    result = Trace(join_predictions(start), none, {}, {}, {}, 0.0, none, team)
+    result = Trace(join_predictions(start), none, {}, {}, {}, 0.0, none, team, averaged=with_contexts)
     result.layers = {name: LayerTrace() for name in ffns}
     if not keep_sequences:
         for layer in result.layers.values():
@@ -304,6 +313,8 @@ def _sort(result: Trace, own: torch.Tensor, hidden_rms: dict[str, list[torch.Ten
             # one tensor at a time, so that no two copies of all of them are held
             layer.activations = [torch.cat(layer.activations)[order.to(layer.activations[0].device)]]
             layer.medium_gradients = [torch.cat(layer.medium_gradients)[order.to(layer.medium_gradients[0].device)]]
+            if result.averaged:
+                layer.contexts = [torch.cat(layer.contexts)[order.to(layer.contexts[0].device)]]
 
 
 def _join(result: Trace) -> None:
