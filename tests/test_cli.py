@@ -118,6 +118,7 @@ def test_defaults_are_those_of_the_api() -> None:
     assert config.layer_selection == "last"
     assert defaults["neuron_pattern"] == config.neuron_pattern
     assert (defaults["steps"], defaults["lr"]) == (arguments.max_steps, arguments.learning_rate)
+    assert (defaults["algorithm"], defaults["generalization"]) == (arguments.algorithm, arguments.generalization)
 
 
 def test_repair_writes_a_patch_that_peft_loads(
@@ -196,7 +197,7 @@ def test_repair_passes_its_options_on(
     run: Callable[..., Result], tiny_dir: Path, failures: Path, tmp_path: Path
 ) -> None:
     options = "--layers 1,3 --neurons 0.25 --neuron-pattern layer-wise --mode single --steps 3 --lr 0.02 --norm max"
-    more = "--margin 0.05 --no-generate --dtype float32 --device-map cpu --json"
+    more = "--margin 0.05 --generalization 2 --no-generate --dtype float32 --device-map cpu --json"
     result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", *options.split(), *more.split())
     arguments = result.json["arguments"]
     expected = {
@@ -205,6 +206,7 @@ def test_repair_passes_its_options_on(
         "learning_rate": 0.02,
         "norm": "max",
         "margin": 0.05,
+        "generalization": 2.0,
         "verify_generation": False,
     }
     assert {key: arguments[key] for key in expected} == expected
@@ -213,12 +215,49 @@ def test_repair_passes_its_options_on(
     assert all(row["generated_after"] is None for row in result.json["rows"])
 
 
-@pytest.mark.parametrize(("layers", "count"), [("0.25", 1), ("3", 3), ("all", 4), ("2,", 1), ("1.0", 4)])
+@pytest.mark.parametrize(
+    ("layers", "count"),
+    [
+        ("0.25", 1),
+        ("3", 3),
+        ("all", 4),
+        ("2,", 1),
+        ("1.0", 4),
+        ("occlusion", 1),
+        ("occlusion:0.5", 2),
+        ("occlusion:3", 3),
+    ],
+)
 def test_layers(
     run: Callable[..., Result], tiny_dir: Path, failures: Path, tmp_path: Path, layers: str, count: int
 ) -> None:
     result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--layers", layers, "--json", *SOLVABLE)
     assert len(result.json["layers"]) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "selection"),
+    [
+        ("occlusion", {"layer_selection": "occlusion"}),
+        ("occlusion:0.5", {"layer_selection": "occlusion", "num_layers": 0.5}),
+        ("occlusion:2", {"layer_selection": "occlusion", "num_layers": 2}),
+        ("2", {"num_layers": 2}),
+        ("2,", {"layer_selection": [2]}),
+    ],
+)
+def test_layers_say_how_they_are_chosen(text: str, selection: dict[str, Any]) -> None:
+    assert cli._parse_layers(text) == selection
+
+
+def test_algorithm_1_by_its_name(run: Callable[..., Result], tiny_dir: Path, failures: Path, tmp_path: Path) -> None:
+    options = "--layers occlusion:2 --algorithm prior-guided --json".split()
+    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", *options, *SOLVABLE)
+    assert result.json["arguments"]["algorithm"] == "prior-guided"
+    config = result.json["config"]
+    assert (config["layer_selection"], config["num_layers"]) == ("occlusion", 2)
+    # the card says how to repeat it
+    card = (tmp_path / "patch" / "README.md").read_text()
+    assert "--layers occlusion:2" in card and "--algorithm prior-guided" in card
 
 
 @pytest.mark.parametrize(
@@ -230,6 +269,11 @@ def test_layers(
         (("--neurons", "100000"), "100000"),
         (("--layers", "-1"), "--layers is '-1'; give a whole number"),
         (("--layers", "1,x"), "indices are whole numbers"),
+        (("--layers", "occlusion:0"), "--layers is 'occlusion:0'; give a whole number"),
+        (("--layers", "last:2"), "--layers is 'last:2'; give a whole number"),
+        (("--layers", "occlusion:99"), "99"),
+        (("--algorithm", "sgd"), "choose one of 'protected', 'prior-guided'"),
+        (("--generalization", "-1"), "`generalization` is -1.0"),
         (("--layers", "99"), "99"),
         (("--layers", "1,99"), "99"),
         (("--mode", "both"), "choose one of 'multiple', 'single'"),

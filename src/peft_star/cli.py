@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .arguments import RepairArguments
-from .console import format_size, print_report, progress, quiet, status, stderr_console
+from .console import format_size, is_main, print_report, progress, quiet, status, stderr_console
 from .loading import REPORT_NAME, check_fit, find_patch, load_model, load_patch, read_patch_config, read_patch_modules
 from .output import bytes_of, check_output, new_directory, save_patch
 
@@ -53,7 +53,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
-    stderr_console().print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+    # an error may be one process's own
+    console = stderr_console(always=code == EXIT_BAD_INPUT)
+    console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -102,7 +104,11 @@ def repair(
         str, typer.Option(help="Neurons in each patched layer: a number, or a share such as 0.1.")
     ] = "64",
     layers: Annotated[
-        str, typer.Option(help="The last layers: a share such as 0.5, a number, 'all', or indices such as 3,7,9.")
+        str,
+        typer.Option(
+            help="The last layers: a share such as 0.25, a number, 'all', 'occlusion' or 'occlusion:0.5', or indices "
+            "such as 3,7,9."
+        ),
     ] = "0.25",
     neuron_pattern: Annotated[
         str, typer.Option(help="Rank neurons within each layer (layer-wise) or over all of them (model-wise).")
@@ -110,6 +116,20 @@ def repair(
     mode: Annotated[
         str, typer.Option(help="multiple: one prior for all failures; single: one after the other.")
     ] = RepairArguments.mode,
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="protected: push each failure as strongly as it needs and protect background text; prior-guided: the "
+            "paper's Algorithm 1."
+        ),
+    ] = RepairArguments.algorithm,
+    generalization: Annotated[
+        float,
+        typer.Option(
+            help="With protected: above 0, related failures move, too; at 5 about as far as by a bias on the token's "
+            "logit."
+        ),
+    ] = RepairArguments.generalization,
     steps: Annotated[
         int, typer.Option(help="At most this many steps for one set of failures.")
     ] = RepairArguments.max_steps,
@@ -134,7 +154,8 @@ def repair(
 ) -> None:
     """Find where MODEL fails, patch the neurons that cause it, verify, and save the patch.
 
-    Exits with 0 when every failure is solved and nothing retained broke, and with 1 when not.
+    Exits with 0 when every failure is solved and nothing retained broke, and with 1 when not. Launched in several
+    processes (`torchrun --nproc-per-node 2 -m peft_star repair ...`), it deals the rows out to them.
     """
     from .failures import read_rows
     from .hub import check_repo_id, check_token
@@ -153,6 +174,8 @@ def repair(
         "layers": layers,
         "neuron_pattern": neuron_pattern,
         "mode": mode,
+        "algorithm": algorithm,
+        "generalization": generalization,
         "steps": steps,
         "lr": lr,
         "norm": norm,
@@ -166,11 +189,14 @@ def repair(
 
     from . import RepairInterrupted, StarConfig
     from . import repair as run_repair
+    from .distributed import launched
 
     arguments = RepairArguments(
         learning_rate=lr,
         max_steps=steps,
         mode=mode,
+        algorithm=algorithm,
+        generalization=generalization,
         norm=norm,
         margin=margin,
         verify_generation=not no_generate,
@@ -178,15 +204,19 @@ def repair(
     )
     config = StarConfig(task_type="CAUSAL_LM", neuron_pattern=neuron_pattern, revision=revision, **selection)
 
-    base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
-    with quiet():
-        patched = get_peft_model(base, config)
     interrupted = False
-    with progress(as_json) as callback, quiet():
-        try:
-            report = run_repair(patched, tokenizer, rows, arguments, retain=retained, callbacks=[callback])
-        except RepairInterrupted as error:
-            report, interrupted = error.report, True
+    with launched() as device:
+        place = {"device_map": device_map or device, "dtype": dtype}
+        base, tokenizer = _load(model, as_json, **place, revision=revision, token=token)
+        with quiet():
+            patched = get_peft_model(base, config)
+        with progress(as_json) as callback, quiet():
+            try:
+                report = run_repair(patched, tokenizer, rows, arguments, retain=retained, callbacks=[callback])
+            except RepairInterrupted as error:
+                report, interrupted = error.report, True
+    if not is_main():
+        return
     size = save_patch(patched, report, output, _repair_command(model, failures, retain, options))
 
     result = {**report.to_dict(), "patch": str(output), "bytes": size, "pushed_to": None}
@@ -370,18 +400,23 @@ def _parse_amount(option: str, text: str) -> int | float:
 
 
 def _parse_layers(text: str) -> dict[str, Any]:
-    if text == "all":
-        return {"layer_selection": "all"}
-    if "," not in text:
+    if text in ("all", "occlusion"):
+        return {"layer_selection": text}
+    if "," in text:
         try:
-            return {"num_layers": _parse_amount("--layers", text)}
-        except ValueError as error:
-            raise ValueError(f"{str(error).rstrip('.')}, 'all', or indices such as 3,7,9.") from None
+            # a trailing comma tells one index from a count
+            return {"layer_selection": [int(index) for index in text.removesuffix(",").split(",")]}
+        except ValueError:
+            raise ValueError(f"--layers is {text!r}; indices are whole numbers with commas between them.") from None
+    amount = text.removeprefix("occlusion:")
+    selection = {"layer_selection": "occlusion"} if amount != text else {}
     try:
-        # a trailing comma tells one index from a count
-        return {"layer_selection": [int(index) for index in text.removesuffix(",").split(",")]}
+        return {**selection, "num_layers": _parse_amount("--layers", amount)}
     except ValueError:
-        raise ValueError(f"--layers is {text!r}; indices are whole numbers with commas between them.") from None
+        raise ValueError(
+            f"--layers is {text!r}; give a whole number of at least 1, a share greater than 0 and up to 1.0, 'all', "
+            "'occlusion', 'occlusion:' with such a number or share, or indices such as 3,7,9."
+        ) from None
 
 
 def _repair_command(model: str, failures: Path, retain: Path | None, options: dict[str, Any]) -> str:
