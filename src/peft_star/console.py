@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,17 @@ if TYPE_CHECKING:
 SHOWN_ROWS = 20
 
 
-def stderr_console() -> Console:
-    """Standard error as it is now; a console that looks it up later would write into what `quiet` throws away."""
-    return Console(file=sys.stderr, highlight=False)
+def is_main() -> bool:
+    """Whether this process is the one that speaks, of those that a launcher such as `torchrun` has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+
+
+def stderr_console(always: bool = False) -> Console:
+    """Standard error as it is now; a console that looks it up later would write into what `quiet` throws away.
+
+    Of several processes only the main one speaks, unless `always`.
+    """
+    return Console(file=sys.stderr, highlight=False, quiet=not (always or is_main()))
 
 
 @contextlib.contextmanager

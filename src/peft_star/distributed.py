@@ -8,7 +8,8 @@ same, so all decide alike and end with the same patch.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -28,11 +29,18 @@ if TYPE_CHECKING:
 _WRAPPERS = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
 
-def join_launch() -> PartialState | None:
-    """Join the other processes, where a launcher such as `accelerate launch` or `torchrun` has started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-    return None
+@contextmanager
+def launched() -> Iterator[str | None]:
+    """Joins the processes that a launcher such as `accelerate launch` or `torchrun` has started, and gives this one's
+    device; None where there is but one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield None
+        return
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    yield str(state.device)
+    # not after an error: the others may wait for this process then, until the launcher ends them
+    state.destroy_process_group()
 
 
 def is_distributed() -> bool:
