@@ -51,7 +51,9 @@ def background_activations(
         ids = tokenizer(
             background_text(), add_special_tokens=False, truncation=True, max_length=tokens, return_tensors="pt"
         )["input_ids"][0]
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
+        config = model.config.get_text_config()
+        # MPT, whose ALiBi ends there, has another name for it
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or WINDOW
         found: dict[str, list[torch.Tensor]] = {name: [] for name in missing}
         with torch.no_grad(), _recording(missing, found), _without_head(model):
             for window in ids.split(min(WINDOW, limit)):
