@@ -1,22 +1,37 @@
-"""The sweep behind the default hyper-parameters: norm, learning rate, share of layers, neurons per layer, and more.
+"""The sweep behind Algorithm 1's hyper-parameters: norm, learning rate, share of layers, neurons per layer, and more.
 
     python benchmarks/sweep.py --model MODEL --data DIR --rows 5 --json sweep.json --plot sweep.png
 
-One factor at a time around the defaults, a fresh patch for each row (see fresh_patch.py). Finished rows are kept in
-the JSON file: an interrupted run goes on from there.
+One factor at a time around `CONFIG` and `ARGUMENTS`, a fresh patch for each row (see fresh_patch.py). Every setting
+that the sweep depends on is named here, so that it measures the same whatever the package's defaults are. Finished
+rows are kept in the JSON file: an interrupted run goes on from there.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fresh_patch import run, totals
 from harness import load, parser, resume, setting_of, task_rows, write_json
 
-from peft_star import RepairArguments, StarConfig
-
+CONFIG: dict[str, Any] = {
+    "layer_selection": "occlusion",
+    "num_layers": 0.5,
+    "num_neurons": 64,
+    "neuron_pattern": "layer-wise",
+}
+ARGUMENTS: dict[str, Any] = {
+    "algorithm": "prior-guided",
+    "norm": "std",
+    "learning_rate": 0.01,
+    "damping": 0.5,
+    "growth": 1.2,
+    "ridge": 1e-4,
+    "margin": 0.01,
+    "occlusion": "first-order",
+    "max_steps": 10,
+}
 RATES = {
     "std": (0.003, 0.01, 0.03, 0.1),
     "rms": (0.003, 0.01),
@@ -35,17 +50,17 @@ OTHERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 
 
 def grid() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Settings by name: (StarConfig fields, RepairArguments fields); one factor at a time around the defaults."""
-    settings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"defaults": ({}, {})}
+    """Settings by name: (StarConfig fields, RepairArguments fields); one factor at a time around the base setting."""
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"base setting": ({}, {})}
     for norm, rates in RATES.items():
         for rate in rates:
-            if (norm, rate) != (RepairArguments.norm, RepairArguments.learning_rate):
-                settings[f"norm {norm}, lr {rate:g}"] = ({}, {"norm": norm, "learning_rate": rate})
+            if (norm, rate) != (ARGUMENTS["norm"], ARGUMENTS["learning_rate"]):
+                changes[f"norm {norm}, lr {rate:g}"] = ({}, {"norm": norm, "learning_rate": rate})
     for name, variants in OTHERS.items():
         for config, arguments in variants:
             value = ", growth ".join(str(value) for value in [*config.values(), *arguments.values()])
-            settings[f"{name} {value}"] = (config, arguments)
-    return settings
+            changes[f"{name} {value}"] = (config, arguments)
+    return {name: (CONFIG | config, ARGUMENTS | arguments) for name, (config, arguments) in changes.items()}
 
 
 def table(results: dict[str, dict[str, list]]) -> str:
@@ -95,9 +110,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--plot", type=Path, help="draw the results here")
     given = options.parse_args()
-    defaults = {"config": StarConfig().to_dict(), "arguments": RepairArguments().to_dict()}
-    defaults = json.loads(json.dumps(defaults, default=str))
-    state = resume(given.json, setting_of(given, "plot") | {"defaults": defaults})
+    state = resume(given.json, setting_of(given, "plot") | {"config": CONFIG, "arguments": ARGUMENTS})
     rows = task_rows(given)
     base, tokenizer = load(given)
     for name, (config, args) in grid().items():
