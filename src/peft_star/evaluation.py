@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from . import verify
 from .batch import completion_logits, completion_offsets, make_batches
 from .failures import Row, encode_rows
+from .prefix import input_device
 from .report import _code
 
 # rows of the vocabulary's width that are held in float32 beside the logits
@@ -267,7 +268,7 @@ def evaluate(
     seconds = {}
     with _evaluating(model), _reporting(progress, len(items) * (2 if generate else 1)) as advance:
         start = time.perf_counter()
-        batches = make_batches(items, max_batch_tokens, _device(model))
+        batches = make_batches(items, max_batch_tokens, input_device(model))
         predictions = verify.teacher_forced(model, batches, advance)
         seconds["teacher_forced"] = time.perf_counter() - start
         generated = None
@@ -489,7 +490,7 @@ def gaps(
             raise ValueError("`before` was measured on other rows than these.")
         rival[slots] = before.rival[known]
     with _evaluating(model):
-        for batch in make_batches(items, max_batch_tokens, _device(model)):
+        for batch in make_batches(items, max_batch_tokens, input_device(model)):
             logits = completion_logits(model, batch).float()
             log_norm, slots = logits.logsumexp(-1), batch.slots.cpu()
             wanted = batch.expected.to(logits.device)
@@ -676,7 +677,7 @@ class TextProbe:
 
     def _logits(self, model: nn.Module) -> torch.Tensor:
         with _evaluating(model):
-            return model(input_ids=self.ids[None].to(_device(model)), use_cache=False).logits[0]
+            return model(input_ids=self.ids[None].to(input_device(model)), use_cache=False).logits[0]
 
     def __call__(self, model: nn.Module) -> Harm:
         """The harm that the patch of `model` does to the text."""
@@ -748,10 +749,6 @@ def _context(model: nn.Module) -> int | None:
     """The model's context in tokens, as far as its config tells."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return getattr(config, "max_position_embeddings", None)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return model.get_input_embeddings().weight.device
 
 
 def _encode(model: nn.Module, tokenizer, rows: Iterable[dict[str, Any] | Row]) -> list[Row]:

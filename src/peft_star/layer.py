@@ -95,6 +95,17 @@ def check_delta(delta: torch.Tensor, num_neurons: int, out_features: int, name: 
         raise ValueError(f"The delta of {name} holds NaN or infinite values.")
 
 
+def execution_device(base_layer: nn.Module) -> torch.device | None:
+    """Where a layer computes that accelerate offloads, on the meta device between calls; None for every other one.
+
+    An adapter is small, so it is not offloaded along: it stays there.
+    """
+    if not any(parameter.is_meta for parameter in base_layer.parameters(recurse=False)):
+        return None
+    device = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
 class NeuronDict(BufferDict):
     """The indices of the adapters of one layer, persistent, and checked when a loader puts them in place.
 
@@ -194,6 +205,8 @@ class StarLayer(BaseTunerLayer):
         # PEFT leaves parameters on the meta device alone, but does not expect buffers there
         if adapter_name in self.star_neurons and self.star_neurons[adapter_name].is_meta:
             return
+        if device is None:
+            device = execution_device(self.get_base_layer())
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def get_base_weight(self) -> torch.Tensor:

@@ -19,7 +19,15 @@ from .config import StarConfig
 from .experts import Experts
 from .fingerprint import warn_of_other_base
 from .hub import keep_own_card
-from .layer import INDEX_DTYPE, Linear, StarLayer, check_delta, check_neurons, resolve_num_neurons
+from .layer import (
+    INDEX_DTYPE,
+    Linear,
+    StarLayer,
+    check_delta,
+    check_neurons,
+    execution_device,
+    resolve_num_neurons,
+)
 from .quantized import mend_packing
 
 # what wrappers insert into module names; `neurons_per_module` speaks of the names without them
@@ -225,6 +233,10 @@ class StarModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, StarLayer) and new_module is child.get_base_layer():
             # unloading: the base layer is as it was, and not every quantized one has the `weight` PEFT would hand over
+            setattr(parent, child_name, new_module)
+            return
+        if isinstance(new_module, StarLayer) and execution_device(new_module.get_base_layer()) is not None:
+            # PEFT would move the adapter to where an offloaded weight waits, the meta device, and lose it
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
