@@ -25,11 +25,13 @@ def main() -> None:
     if given.json.is_file():
         state["results"] = json.loads(given.json.read_text())["results"]
     base, tokenizer = load(given)
-    arguments = RepairArguments(occlusion="exact", max_steps=1, verify_generation=False, disable_tqdm=True)
+    settings = {"algorithm": "prior-guided", "occlusion": "exact", "max_steps": 1}
+    arguments = RepairArguments(**settings, verify_generation=False, disable_tqdm=True)
+    config = {"layer_selection": "occlusion", "num_layers": 0.5}
     for task, rows in task_rows(given).items():
         done = state["results"].setdefault(task, [])
         for row in tqdm(rows[len(done) :], desc=task):
-            model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
+            model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", **config))
             report = repair(model, tokenizer, [row], arguments)
             model.unload()
             done.append(report.occlusion.get("agreement"))
