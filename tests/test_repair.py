@@ -66,12 +66,13 @@ def base_weights(model):
     }
 
 
+@pytest.mark.parametrize("algorithm", ["protected", "prior-guided"])
 @pytest.mark.parametrize("mode", ["multiple", "single"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "starcoder2", "gemma2", "falcon", "gpt_neox", "opt"])
-def test_a_repair_solves_every_failure_and_leaves_the_base_alone(name, mode, tokenizer):
+def test_a_repair_solves_every_failure_and_leaves_the_base_alone(name, mode, algorithm, tokenizer):
     model = star(name)
     before = base_weights(model)
-    report = repair(model, tokenizer, ROWS, RepairArguments(mode=mode, **QUIET))
+    report = repair(model, tokenizer, ROWS, RepairArguments(mode=mode, algorithm=algorithm, **QUIET))
     assert len(report.failures) >= 2
     assert report.success and report.num_solved == len(report.failures) and not report.broken
     after = base_weights(model)
@@ -163,9 +164,24 @@ def test_each_step_moves_a_delta_by_the_rate_times_the_priors_magnitude(tokenize
         torch.testing.assert_close(delta.abs(), 0.003 * prior.abs())
 
 
+def test_only_the_protected_algorithm_reads_background_text_and_contexts(tokenizer):
+    """Algorithm 1 is the paper's, whatever the other algorithm is told."""
+    arguments = {"algorithm": "prior-guided", "learning_rate": 0.003, "max_steps": 2, "disable_tqdm": True}
+    one, two = star(), star()
+    repair(one, tokenizer, ROWS, RepairArguments(**arguments))
+    lengths = []
+    two.base_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    repair(two, tokenizer, ROWS, RepairArguments(background=64, generalization=5.0, **arguments))
+    assert max(lengths) < 64
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert torch.equal(a, b)
+
+
 def test_the_first_step_from_the_trace_equals_a_step_with_its_own_pass(tokenizer, monkeypatch):
     one, two = star(), star()
-    arguments = RepairArguments(learning_rate=0.003, max_steps=3, disable_tqdm=True)
+    arguments = RepairArguments(algorithm="prior-guided", learning_rate=0.003, max_steps=3, disable_tqdm=True)
     repair(one, tokenizer, ROWS, arguments)
     monkeypatch.setattr("peft_star.trace.KEEP_BYTES", 0)
     repair(two, tokenizer, ROWS, arguments)
@@ -222,8 +238,9 @@ def test_datasets_and_chat_messages(tokenizer):
     assert report.success and report.rows[0].completion.split() == ["w20", "w21"]
 
 
+@pytest.mark.parametrize("algorithm", ["protected", "prior-guided"])
 @pytest.mark.parametrize("mode", ["multiple", "single"])
-def test_routed_experts_are_located_patched_and_saved(tmp_path, mode, tokenizer):
+def test_routed_experts_are_located_patched_and_saved(tmp_path, mode, algorithm, tokenizer):
     import transformers
 
     def mixture():
@@ -239,7 +256,7 @@ def test_routed_experts_are_located_patched_and_saved(tmp_path, mode, tokenizer)
 
     config = StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0, target_modules=["experts"])
     model = get_peft_model(mixture(), config)
-    report = repair(model, tokenizer, ROWS, RepairArguments(mode=mode, **QUIET))
+    report = repair(model, tokenizer, ROWS, RepairArguments(mode=mode, algorithm=algorithm, **QUIET))
     assert report.success and report.failures
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(mixture(), tmp_path)
@@ -440,6 +457,15 @@ def test_bad_settings_are_refused_before_anything_happens(tokenizer):
         ("learning_rate", -1.0),
         ("learning_rate", float("inf")),
         ("learning_rate", "fast"),
+        ("algorithm", "sgd"),
+        ("algorithm", None),
+        ("generalization", -0.5),
+        ("generalization", float("nan")),
+        ("generalization", "more"),
+        ("background", -1),
+        ("background", 1.5),
+        ("background", True),
+        ("background", "text"),
         ("damping", 0.0),
         ("damping", 1.01),
         ("growth", 0.99),
