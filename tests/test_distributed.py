@@ -222,7 +222,7 @@ class Pretended(Team):
 
     def __init__(self, rank):
         super().__init__()
-        self.size, self._rank = 2, rank
+        self.size, self.rank = 2, rank
 
 
 def batches(max_tokens):

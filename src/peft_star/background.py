@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .distributed import ALONE, Team
 from .prefix import input_device
 
 # tokens that are read at once
@@ -31,6 +32,7 @@ def background_activations(
     ffns: dict[str, nn.Module],
     tokens: int,
     progress: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Activations of the FFNs' second matrices on the package's background text, computed once for each model.
 
@@ -40,12 +42,15 @@ def background_activations(
         ffns: The second matrices by name.
         tokens: How many tokens of the text are read, in windows of 256.
         progress: Called with 1 after each window.
+        team: The processes that the windows are dealt out to.
 
     Returns:
-        `dict[str, torch.Tensor]`: Inputs of each second matrix, in the model's precision, shape (N, m).
+        `dict[str, torch.Tensor]`: Inputs of each second matrix in this process's windows, in the model's precision,
+        shape (N, m); a process without a window has no entries.
     """
     known = _CACHE.setdefault(model, {})
-    missing = {name: ffn for name, ffn in ffns.items() if (name, tokens) not in known}
+    key = (tokens,) if team.size == 1 else (tokens, team.rank, team.size)
+    missing = {name: ffn for name, ffn in ffns.items() if (name, *key) not in known}
     if missing:
         # `truncation` only keeps a tokenizer from warning of a text that no model call will see whole
         ids = tokenizer(
@@ -56,13 +61,14 @@ def background_activations(
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or WINDOW
         found: dict[str, list[torch.Tensor]] = {name: [] for name in missing}
         with torch.no_grad(), _recording(missing, found), _without_head(model):
-            for window in ids.split(min(WINDOW, limit)):
+            for window in ids.split(min(WINDOW, limit))[team.rank :: team.size]:
                 model(input_ids=window[None].to(input_device(model)), use_cache=False)
                 if progress is not None:
                     progress(1)
         for name, parts in found.items():
-            known[name, tokens] = torch.cat(parts)
-    return {name: known[name, tokens] for name in ffns}
+            if parts:
+                known[(name, *key)] = torch.cat(parts)
+    return {name: known[(name, *key)] for name in ffns if (name, *key) in known}
 
 
 @contextmanager

@@ -82,18 +82,18 @@ class Team:
         model: A causal LM, the whole of it in each process.
 
     Attributes:
-        size: How many processes there are.
+        size, rank: How many processes there are, and which of them this is.
     """
 
     def __init__(self, model: nn.Module | None = None):
-        self.size, self._rank = 1, 0
+        self.size, self.rank = 1, 0
         self._owners: WeakKeyDictionary[Batch, int] = WeakKeyDictionary()
         if model is None or not is_distributed():
             return
         state = PartialState(cpu=distributed.get_backend() == "gloo")
         # accelerate reads a launcher's variables; processes that were joined by other means it does not know
         if state.num_processes == distributed.get_world_size() and not spans_processes(model):
-            self.size, self._rank, self._device = state.num_processes, state.process_index, state.device
+            self.size, self.rank, self._device = state.num_processes, state.process_index, state.device
             self._dtype = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
 
     def check_same(self, rows: Sequence[Any]) -> None:
@@ -109,7 +109,7 @@ class Team:
 
     def share_rows(self, rows: Sequence[Row]) -> list[Row]:
         """This process's part of the rows, long and short ones alike."""
-        return sorted(rows, key=len)[self._rank :: self.size] if self.size > 1 else list(rows)
+        return sorted(rows, key=len)[self.rank :: self.size] if self.size > 1 else list(rows)
 
     def limit(self, tokens: int, rows: Sequence[Sequence[int]]) -> int:
         """The size of batches, at most `tokens`, with which each process gets one."""
@@ -129,7 +129,7 @@ class Team:
         for batch in sorted(new, key=lambda batch: batch.input_ids.numel(), reverse=True):
             owner = self._owners[batch] = load.index(min(load))
             load[owner] += batch.input_ids.numel()
-        return [batch for batch in batches if self._owners[batch] == self._rank]
+        return [batch for batch in batches if self._owners[batch] == self.rank]
 
     def gather(self, value: Any) -> list[Any]:
         """Each process's value, in the same order everywhere. Tensors should be small, and on the CPU."""

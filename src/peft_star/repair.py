@@ -326,13 +326,16 @@ class _Session:
             self._extend(located)
             ffns = self.ffns()
             ffns = {name: ffns[name] for name in located}
-            background = (
-                background_activations(self.base, self.tokenizer, ffns, tokens, self.journal.advance) if tokens else {}
-            )
+            read = partial(background_activations, self.base, self.tokenizer, ffns, tokens, team=self.team)
+            background = read(progress=self.journal.advance) if tokens else {}
             for name in located:
                 layer = self.layer(name)
                 neurons = layer.star_neurons[self.adapter].long()
-                shown = background[name].index_select(1, neurons.to(background[name].device)) if tokens else None
+                shown = None
+                if name in background:
+                    shown = background[name].index_select(1, neurons.to(background[name].device))
+                elif tokens:  # other processes read the background
+                    shown = torch.zeros(0, len(neurons), device=neurons.device)
                 layers.append(SteeredLayer(name, layer.star_delta[self.adapter], neurons, shown))
         return layers
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .distributed import ALONE, Team
 from .search import search_strengths
 from .solve import solve_prior
 from .task import Task
@@ -35,19 +36,20 @@ REACH = 100
 
 @dataclass
 class SteeredLayer:
-    """A patched layer: its delta (k, d), its neurons (k), and their activations (N, k) on background text."""
+    """A patched layer: its delta (k, d), its neurons (k), and their activations (N, k) on this process's part of the
+    background text."""
 
     name: str
     delta: nn.Parameter
     neurons: torch.Tensor
     background: torch.Tensor | None
 
-    def factor(self) -> torch.Tensor | None:
+    def factor(self, team: Team = ALONE) -> torch.Tensor | None:
         """Lower Cholesky factor (k, k) of C + ε I, float64."""
         if self.background is None:
             return None
         b = self.background.double()
-        moment = b.T @ b / len(b)
+        moment = team.sum(b.T @ b) / team.total(len(b))
         floor = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * FLOOR
         moment.diagonal().add_(floor)
         return torch.linalg.cholesky(moment)
@@ -129,7 +131,7 @@ def steer_neurons(
     Returns:
         [`Predictions`] (S) of the state that was kept: the last, or the best on the way by [`Task.score`].
     """
-    factors = {layer.name: layer.factor() for layer in layers}
+    factors = {layer.name: layer.factor(traced.team) for layer in layers}
     here = traced.predictions
     # whatever happens on the way, the deltas are those of a finished step afterwards
     best = None, [layer.delta.detach().clone() for layer in layers], here
