@@ -126,8 +126,8 @@ def repair(
     generalization: Annotated[
         float,
         typer.Option(
-            help="With protected: above 0, related failures move, too. 1 serves many failures; 5 only a few behind long "
-            "prompts."
+            help="With protected: above 0, related failures move, too. 1 serves many failures; 5 only a few behind "
+            "long prompts."
         ),
     ] = RepairArguments.generalization,
     steps: Annotated[
