@@ -81,7 +81,9 @@ def search_strengths(
         if best is None or rank > best[0]:
             best = rank, strengths, there, loss
         aim = next_strengths(here, there, task, slots, strengths).clamp(max=limit)
-        if best[0][0] and not (done and aim.norm() < NEAR * strengths.norm()):
+        content = not task.wanting(there)[slots].any()
+        # with every pushed token content only much weaker pushes are worth a look, also where others broke
+        if best[0][0] and not done or content and not aim.norm() < NEAR * strengths.norm():
             break
         if torch.allclose(aim, strengths, rtol=1e-3):
             break
