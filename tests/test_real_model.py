@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_star import RepairArguments, StarConfig, repair
+from peft_star.background import background_text
 from peft_star.batch import make_batches
 from peft_star.failures import encode_rows
 from peft_star.loading import load_model
@@ -92,3 +93,59 @@ def test_bf16_weights_are_repaired_too(smollm2_dir):
     model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=64))
     report = repair(model, tokenizer, FAILURES[:1], RepairArguments(disable_tqdm=True))
     assert report.failures and report.num_solved == len(report.failures)
+
+
+def log_p(model, tokenizer, text, width=256):
+    """Log probabilities of all tokens at each position of a text, in windows."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: 2 * width])
+    with torch.no_grad():
+        return torch.cat([model(input_ids=part[None]).logits[0].log_softmax(-1) for part in ids.split(width)])
+
+
+def patched_by(base, tokenizer, failures, **arguments):
+    model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=64))
+    arguments = RepairArguments(disable_tqdm=True, verify_generation=False, **arguments)
+    report = repair(model, tokenizer, failures, arguments)
+    assert report.success, report.to_markdown()
+    return model
+
+
+@pytest.mark.slow
+def test_protection_changes_other_text_less(smollm2):
+    """Its own background text, and a text that the patch has never seen."""
+    base, tokenizer = smollm2
+    other = " ".join(f"{row['prompt']} {row['completion']}" for row in fresh_rows(base, tokenizer))
+    texts = {"background": background_text(), "other": other}
+    before = {name: log_p(base, tokenizer, text) for name, text in texts.items()}
+    moved = {}
+    for background in (0, 2048):
+        model = patched_by(base, tokenizer, FAILURES, background=background)
+        for name, text in texts.items():
+            after = log_p(model, tokenizer, text)
+            moved[name, background] = (before[name].exp() * (before[name] - after)).sum(-1).mean().item()
+        model.unload()
+    assert moved["background", 2048] < 0.5 * moved["background", 0], moved
+    assert moved["other", 2048] < 0.7 * moved["other", 0], moved
+
+
+def test_generalization_moves_related_failures_further(smollm2):
+    """Other prompts whose next word should be the failure's: its logit gains more on every other word there."""
+    base, tokenizer = smollm2
+    code = "import pandas as pd\n\nleft = pd.read_csv('left.csv')\nright = pd.read_csv('right.csv')\nprint(left)\n"
+    failures = [{"prompt": f"{code}# put the rows of right below those of left\nboth = pd.", "completion": "concat("}]
+    prompts = [
+        "def merge(frames):\n    return pd.",
+        "# add a row\ndata = pd.",
+        "import pandas as pd\nmonths = [jan, feb, mar]\nyear = pd.",
+        "import pandas as pd\n\ndf = pd.",
+    ]
+    related = [{"prompt": prompt, "completion": "concat"} for prompt in prompts]
+    batches = make_batches(encode_rows(related, tokenizer), 2048)
+    before = teacher_forced(base, batches)
+    assert not before.right.any() and len(before.right) == len(related)
+    gained = {}
+    for generalization in (0.0, 5.0):
+        model = patched_by(base, tokenizer, failures, generalization=generalization, background=512)
+        gained[generalization] = (teacher_forced(model.base_model.model, batches).gap - before.gap).mean().item()
+        model.unload()
+    assert gained[5.0] > 1.05 * gained[0.0] > 0, gained

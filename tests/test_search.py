@@ -133,6 +133,12 @@ def test_no_look_exceeds_the_limit(limit):
     assert torch.equal(there.right, reachable) and not gaps.task.done(there)
 
 
+def test_what_the_limit_leaves_as_it_was_is_not_looked_at_again():
+    gaps = Gaps([-3.0, -2.0], [1.0, 0.2])
+    strengths, there = gaps.search(limit=0.01)
+    assert len(gaps.looks) == 1 and not gaps.task.done(there)
+
+
 def test_without_a_solution_the_best_looked_at_is_given():
     """The second token cannot be moved; the first is not sacrificed to it."""
     gaps = Gaps([-1.0, -1.0], [1.0, 1e-9])
@@ -145,7 +151,8 @@ def test_without_a_solution_the_best_looked_at_is_given():
 def test_among_equal_scores_the_lower_loss_is_given():
     """Nothing is solved at any look, but the tokens come nearer: so does what is given."""
     gaps = Gaps([-9.0, -9.0], [0.01, 0.01])
-    strengths, there = gaps.search(limit=100.0)
+    strengths, there = gaps.search(limit=100.0, descent=gaps.descent * 50)
+    assert len(gaps.looks) > 1
     losses = [Gaps.__call__(gaps, looked)[1] for looked in list(gaps.looks)]
     assert not there.right.any()
     assert gaps(strengths)[1] == min(losses)
@@ -183,7 +190,7 @@ def test_a_broken_token_that_needs_no_push_yet_gets_one_when_anothers_breaks_it(
     """Slots of a later step: the second token was right before the repair and is right now, by little."""
     gaps = Gaps([-2.0, 0.1], [1.0, 1.0], slots=[0, 1], others=torch.tensor([[0.0, 0.0], [-0.4, 0.0]]))
     assert gaps.task.medium.tolist() == [True, False] and gaps.task.right_before.tolist() == [False, True]
-    strengths, there = gaps.search()
+    strengths, there = gaps.search(descent=gaps.descent * 1.5)
     assert gaps.looks[0][1] == 0 and gaps.task.broken(gaps(gaps.looks[0])[0]).tolist() == [False, True]
     assert gaps.task.done(there) and strengths[1] > 0
 

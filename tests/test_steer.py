@@ -1,6 +1,7 @@
 """Protected patching against dense least squares, and what a repair by it promises."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from torch import nn
 from peft_star import RepairArguments, RepairCallback, RepairInterrupted, StarConfig, repair
 from peft_star.background import background_text
 from peft_star.batch import make_batches
+from peft_star.distributed import ALONE
 from peft_star.failures import encode_rows
-from peft_star.steer import FLOOR, REACH, SteeredLayer, protected_answer
+from peft_star.steer import FLOOR, REACH, SteeredLayer, protected_answer, steer_neurons
 from peft_star.structure import find_second_matrices
+from peft_star.task import Task
+from peft_star.trace import Predictions
 from peft_star.verify import teacher_forced
 from test_repair import RETAIN, ROWS, decided, star, word_tokenizer
+from test_trace import contexts_by_hand
 from tiny_models import VOCAB
 
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(3)]
@@ -174,15 +179,17 @@ def dense_delta(model, name):
     return layer.get_delta_weight("default").detach().clone()
 
 
-@pytest.mark.parametrize("background", [0, 150])
-def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(background, tiny_tokenizer):
+@pytest.mark.parametrize(("background", "generalization"), [(0, 0.0), (150, 0.0), (0, 2.0), (150, 2.0)])
+def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(background, generalization, tiny_tokenizer):
     """delta = P diag(c) T with nothing free but the strengths c, which are at least 0 and one for all layers."""
     sizes = {"vocab_size": len(tiny_tokenizer)}
     config = StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0)
     model = get_peft_model(decided(**sizes), config)
     failures = [{"prompt": "parse(", "completion": "xy"}, {"prompt": "open the", "completion": " d"}]
     ridge = 1e-3
-    arguments = RepairArguments(max_steps=1, ridge=ridge, background=background, **QUICK)
+    arguments = RepairArguments(
+        max_steps=1, ridge=ridge, background=background, generalization=generalization, **QUICK
+    )
     repair(model, tiny_tokenizer, failures, arguments)
     rows = encode_rows(failures, tiny_tokenizer)
     left, right = [], []
@@ -195,9 +202,15 @@ def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(backgro
             shown = read_background(decided(**sizes), name, tiny_tokenizer, background)
             protection = moment(shown[:, neurons].double())
         targets = -(semantics / semantics.std(1, keepdim=True, correction=0)).abs() * gradients.sign()
+        scale, averaged = torch.ones(len(v), dtype=v.dtype), v
+        if generalization:
+            contexts = contexts_by_hand(decided(**sizes), rows, neurons)[name].double()
+            averaged = (v + generalization * contexts) / (1 + generalization)
+            scale = (v @ dense(averaged, torch.eye(len(v), dtype=v.dtype), protection, ridge)).diagonal()
+            scale = torch.where(scale > 0.1, scale, 1)
         # what a push of strength 1 of each failure makes of the delta
-        alone = torch.eye(len(v), dtype=v.dtype)[:, :, None] * targets
-        pushes = [dense(v, push, protection, ridge).flatten() for push in alone]
+        alone = torch.diag(1 / scale)[:, :, None] * targets
+        pushes = [dense(averaged, push, protection, ridge).flatten() for push in alone]
         left.append(torch.stack(pushes, 1))
         right.append(delta.double().flatten())
     left, right = torch.cat(left), torch.cat(right)
@@ -214,6 +227,84 @@ def read_background(base, name, tokenizer, tokens):
     for window in ids.split(base.config.max_position_embeddings):
         base(input_ids=window[None])
     return torch.cat(shown)
+
+
+# the steps, with a model that says what it is told
+
+
+def scripted(states, learning_rate=1.0):
+    """steer_neurons on one neuron and two failures: after each step's pushes, so many are right and so many broken."""
+    medium, before = torch.tensor([0, 1]), told(0, 0)
+    steps, delta = [], nn.Parameter(torch.zeros(1, 2))
+    traced = SimpleNamespace(
+        medium=medium,
+        predictions=before,
+        team=ALONE,
+        gradients=lambda name: torch.full((2, 2), -1.0),
+        activations=lambda name, neurons: V,
+        contexts=lambda name, neurons: None,
+    )
+    kept = steer_neurons(
+        [SteeredLayer("layer", delta, torch.tensor([0]), None)],
+        traced,
+        Task.of(medium, before, 0.01),
+        lambda: (told(*states[len(steps)]), 1.0),
+        lambda slots: traced,
+        lambda trace, layer: torch.ones(2, 2, dtype=torch.float64),
+        learning_rate=learning_rate,
+        max_steps=len(states),
+        ridge=1e-4,
+        on_step=lambda step, solved, loss: steps.append(delta.detach().clone()),
+    )
+    return kept, delta.detach(), steps
+
+
+V = torch.tensor([[1.0], [2.0]])
+
+
+def told(right, broken):
+    """Two failures, of which `right` are right now, and two tokens that were right, of which `broken` are wrong."""
+    fine = torch.arange(2) < right, torch.arange(2) >= broken
+    gap = torch.where(torch.cat(fine), 3.0, -3.0)
+    p = gap.sigmoid()
+    return Predictions(torch.zeros(4).long(), (gap < 0).long(), torch.ones(4).long(), 2 * p - 1, gap, p)
+
+
+@pytest.mark.parametrize(
+    ("states", "best"),
+    [
+        ([(1, 0), (0, 0), (0, 0)], 0),
+        ([(0, 0), (1, 1), (0, 0)], 1),
+        ([(1, 1), (1, 2), (1, 0)], 2),
+        ([(1, 0), (2, 2), (1, 0)], 1),
+        ([(1, 1), (1, 1), (1, 1)], 0),
+    ],
+)
+def test_when_the_steps_run_out_the_best_state_is_kept(states, best):
+    kept, delta, steps = scripted(states)
+    assert len(steps) == 3
+    assert task_score(kept) == (states[best][0], -states[best][1])
+    assert torch.equal(delta, steps[best])
+    assert all(not torch.equal(steps[best], other) for number, other in enumerate(steps) if number != best)
+
+
+def task_score(predictions):
+    return int(predictions.right[:2].sum()), -int((~predictions.right[2:]).sum())
+
+
+def test_it_stops_as_soon_as_all_is_solved():
+    kept, delta, steps = scripted([(1, 0), (2, 0), (0, 2)])
+    assert len(steps) == 2 and task_score(kept) == (2, 0) and torch.equal(delta, steps[-1])
+
+
+@pytest.mark.parametrize("learning_rate", [1e-4, 1e-3])
+def test_the_learning_rate_bounds_the_pushes_of_a_step(learning_rate):
+    """All of what is allowed is asked for here, and not more is given."""
+    _, _, steps = scripted([(0, 0), (0, 0)], learning_rate)
+    targets = torch.ones(2, 2, dtype=torch.float64)
+    most = protected_answer(V, None, 1e-4) @ (learning_rate * REACH * targets)
+    torch.testing.assert_close(steps[0].double(), most, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(steps[1].double(), 2 * most, rtol=1e-4, atol=1e-7)
 
 
 # repairs
