@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 
 import peft_star.background as module
 from conftest import build_model, build_tokenizer
@@ -75,6 +76,16 @@ def test_a_text_shorter_than_asked_for_is_read_whole(tokenizer, monkeypatch):
     model = build_model()
     found = background_activations(model, tokenizer, find_second_matrices(model), 2048)
     assert {len(v) for v in found.values()} == {11}
+
+
+def test_tokenizers_that_begin_every_text_with_a_token_do_not_begin_this_one():
+    tokenizer, model = build_tokenizer(), build_model()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer("a")["input_ids"][0] == 1
+    read = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    background_activations(model, tokenizer, find_second_matrices(model), 5)
+    assert tokenizer.decode(read[0][0]) == background_text()[:5]
 
 
 def test_the_model_is_run_once_for_each_ffn_and_number_of_tokens(tokenizer):
