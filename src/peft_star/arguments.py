@@ -41,7 +41,8 @@ class RepairArguments:
 
     Args:
         learning_rate (`float`): The factor of Algorithm 1 (paper section 3.3): each step moves a parameter by
-            `learning_rate` times the prior's magnitude.
+            `learning_rate` times the prior's magnitude. With `"protected"`, the strength of a push is searched up to
+            100 times this.
         damping, growth (`float`): With `"prior-guided"`, factors of an entry's step size when its gradient's sign
             turns, and when it stays; 1 and 1 are Algorithm 1 to the letter (see [`PriorGuidedSGD`]).
         algorithm (`str`): `"protected"` pushes each failure as strongly as it needs, found by forward passes, through
@@ -49,7 +50,7 @@ class RepairArguments:
             its fixed steps.
         generalization (`float`): With `"protected"`, how much the neurons' activations at a failure are averaged with
             those in the contexts before it in which the expected token is plausible. 0 repairs this failure and little
-            else; 5 also moves related failures about as far as a bias on the token's logit does, at less harm.
+            else; with 5, say, related failures move further, and so does other text.
         background (`int`): Tokens of background text that `"protected"` protects; 0: none.
         max_steps (`int`): At most this many steps for one set of failures (paper section 4.4: 10).
         mode (`str`): `"multiple"` solves all failures together with one prior; `"single"` solves them one after the

@@ -126,8 +126,7 @@ def repair(
     generalization: Annotated[
         float,
         typer.Option(
-            help="With protected: above 0, related failures move, too. 1 serves many failures; 5 only a few behind "
-            "long prompts."
+            help="With protected: above 0 (5, say), prompts in which the expected tokens are plausible move further."
         ),
     ] = RepairArguments.generalization,
     steps: Annotated[

@@ -79,22 +79,22 @@ def protected_answer(
 ) -> torch.Tensor:
     """P (k, n), float64: how much of each neuron's delta answers to each failure.
 
-    With V the `activations` (n, k) and C + ε I = L Lᵀ, the protection is a plain ridge on V L⁻ᵀ. To generalise, V is
-    averaged with the failures' `contexts` U (n, k), (V + w U) / (1 + w), and each column of P is scaled such that its
-    failure gets the whole push again.
+    With V the `activations` (n, k) and C + ε I = L Lᵀ, the protection is a plain ridge on V L⁻ᵀ. To generalise, a
+    failure's neurons are combined as for the average X = (V + w U) / (1 + w) with its `contexts` U (n, k), and mixed
+    such that each push reaches its own failure whole and leaves the others alone: P = (C + ε I)⁻¹ Xᵀ B with V P = I.
     """
     v = activations.double()
-    eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
-    averaged = v if contexts is None else (v + generalization * contexts.double()) / (1 + generalization)
-    if factor is None:
-        answer = solve_prior(averaged, eye, ridge)
-    else:
-        white = torch.linalg.solve_triangular(factor, averaged.T, upper=False).T
-        answer = torch.linalg.solve_triangular(factor.T, solve_prior(white, eye, ridge), upper=True)
+
+    def whiten(rows: torch.Tensor) -> torch.Tensor:
+        return rows if factor is None else torch.linalg.solve_triangular(factor, rows.T, upper=False).T
+
     if contexts is None:
-        return answer
-    own = (v * answer.T).sum(dim=1)
-    return answer / torch.where(own > 0.1, own, 1.0)
+        eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
+        answer = solve_prior(whiten(v), eye, ridge)
+    else:
+        averaged = whiten((v + generalization * contexts.double()) / (1 + generalization))
+        answer = averaged.T @ solve_prior(whiten(v) @ averaged.T, torch.eye(len(v)).to(v), ridge)
+    return answer if factor is None else torch.linalg.solve_triangular(factor.T, answer, upper=True)
 
 
 def steer_neurons(
