@@ -501,7 +501,7 @@ def plot_phases(state: State, path: Path) -> None:
     clock, names = state["clock"], metered(state)
     with drawing() as plt:
         rows = {name: _ordered(state, name) for name in names}
-        width = min(24, max(6, 2 + 0.22 * max(map(len, rows.values()))))
+        width = min(14, max(6, 2 + 0.22 * max(map(len, rows.values()))))
         figure, axes = plt.subplots(len(names), 1, figsize=(width, 4.2 * len(names)), squeeze=False)
         for axis, name in zip(axes[:, 0], names):
             spent = [phase_seconds(row[name]) for row in rows[name].values()]
@@ -525,7 +525,7 @@ def plot_methods(state: State, path: Path) -> None:
     clock, rows = state["clock"], _ordered(state)
     names = [name for name in state["methods"] if any(name in row for row in rows.values())]
     with drawing() as plt:
-        size = (min(30, max(6, 2 + 0.12 * len(rows) * (len(names) + 1))), 4.2)
+        size = (min(14, max(6, 2 + 0.12 * len(rows) * (len(names) + 1))), 4.2)
         figure, axis = plt.subplots(figsize=size)
         width = 0.85 / len(names)
         for place, (name, look) in enumerate(looks(names).items()):
