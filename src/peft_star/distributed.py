@@ -7,7 +7,6 @@ same, so all decide alike and end with the same patch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -16,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env, reduce
+from accelerate.utils import gather_object, get_int_from_env, parse_flag_from_env, reduce
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,13 +26,15 @@ if TYPE_CHECKING:
 
 # wrappers whose forward talks to other processes; by name, since importing them takes a build with distributed
 _WRAPPERS = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+# where launchers say how many processes they have started; the last three are MPI's
+_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 
 @contextmanager
 def launched() -> Iterator[str | None]:
-    """Joins the processes that a launcher such as `accelerate launch` or `torchrun` has started, and gives this one's
-    device; None where there is but one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Joins the processes that a launcher such as `accelerate launch`, `torchrun` or, on CPUs, `mpirun` has started,
+    and gives this one's device; None where there is but one."""
+    if get_int_from_env(_SIZES, 1) == 1:
         yield None
         return
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
