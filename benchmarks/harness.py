@@ -6,7 +6,8 @@ import argparse
 import json
 import platform
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import set_seed
 from peft_star.evaluation import TextProbe, write_json
 from peft_star.loading import load_model
 
-__all__ = ["Harm", "load", "machine", "parser", "resume", "run_units", "setting_of", "task_rows", "write_json"]
+__all__ = ["Harm", "load", "machine", "parser", "resumable", "resume", "run_units", "setting_of", "task_rows", "write_json"]
 
 UNRELATED = Path(__file__).parent.parent / "LICENSE"
 
@@ -119,3 +120,13 @@ def run_units(
         print(f"Interrupted; {path} holds what is done, and the same command goes on from there.", flush=True)
         return False
     return True
+
+
+@contextmanager
+def resumable(path: Path) -> Iterator[None]:
+    """Ctrl-C ends the benchmark with exit code 130, and says where its finished results are."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"Interrupted; {path} holds what is finished, and the same command goes on from there.")
+        raise SystemExit(130) from None

@@ -456,11 +456,8 @@ def main() -> None:
         raise SystemExit(f"{given.json} holds {changed[0]} with other settings; name another file.")
     state["methods"] |= used
     base, tokenizer = load(given)
-    try:
+    with resumable(given.json):
         run(base, tokenizer, Corpus(tokenizer, task_rows(given)), given, state)
-    except KeyboardInterrupt:
-        print(f"Interrupted; {given.json} holds what is finished, and the same command goes on from there.")
-        raise SystemExit(130) from None
     print(table(state))
     if given.plot is not None:
         plot_trade_off(state, given.plot.with_name(f"{given.plot.name}-trade-off.png"))

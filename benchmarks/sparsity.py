@@ -264,11 +264,8 @@ def main() -> None:
         for row in items
     }
     base, tokenizer = load(given)
-    try:
+    with resumable(given.json):
         run(base, tokenizer, rows, given, state)
-    except KeyboardInterrupt:
-        print(f"Interrupted; {given.json} holds what is finished, and the same command goes on from there.")
-        raise SystemExit(130) from None
     print(table(state))
     if given.plot is not None:
         plot(state, given.plot)

@@ -268,11 +268,8 @@ def main() -> None:
     if len(state["results"].get("grid", {}).get("loss", ())) < given.grid**2:
         row = few_shot_rows(given.data, given.task, given.rows, given.demonstrations)[given.row]
         base, tokenizer = load(given)
-        try:
+        with resumable(given.json):
             run(base, tokenizer, row, given, state)
-        except KeyboardInterrupt:
-            print(f"Interrupted; {given.json} holds what is finished, and the same command goes on from there.")
-            raise SystemExit(130) from None
     print(table(state))
     if given.plot is not None:
         plot(state, given.plot)

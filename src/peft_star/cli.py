@@ -43,6 +43,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPU
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Where to load MODEL: auto, cuda, cpu ...", show_default="cpu")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")]
+PatchRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the PATCHes on the Hub.", show_default=False)
+]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository on the Hub a private one.")]
 Token = Annotated[str | None, typer.Option(help="Access token for the Hub (or set HF_TOKEN).", show_default=False)]
 
@@ -290,6 +293,25 @@ def inspect(
     _finish(result, as_json)
 
 
+def _check_patches(
+    base: Any,
+    patches: list[str],
+    directories: list[Path],
+    configs: list[dict[str, Any]],
+    allow_other_base: bool,
+    does: str,
+) -> None:
+    """Raise ValueError unless every patch fits this base and was solved for its weights; `does`: what is done then."""
+    from .fingerprint import check_base
+
+    for patch, directory, config in zip(patches, directories, configs, strict=True):
+        check_fit(base, directory, patch)
+        try:
+            check_base(base, config, allow_mismatch=allow_other_base)
+        except ValueError as error:
+            raise ValueError(f"{patch}: {error} (--allow-other-base {does} it all the same.)") from error
+
+
 @app.command()
 @_command
 def merge(
@@ -300,9 +322,7 @@ def merge(
     device_map: DeviceMap = None,
     revision: Revision = None,
     token: Token = None,
-    patch_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the PATCHes on the Hub.", show_default=False)
-    ] = None,
+    patch_revision: PatchRevision = None,
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Merge PATCHes that were solved for other weights, too.")
     ] = False,
@@ -315,15 +335,8 @@ def merge(
     check_output(output, overwrite, "config.json", inputs=(model, *directories))
     base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
 
-    from .fingerprint import check_base
-
     # before the first merge: a merged patch is a change of the base, too
-    for patch, directory, config in zip(patches, directories, configs, strict=True):
-        check_fit(base, directory, patch)
-        try:
-            check_base(base, config, allow_mismatch=allow_other_base)
-        except ValueError as error:
-            raise ValueError(f"{patch}: {error} (--allow-other-base merges it all the same.)") from error
+    _check_patches(base, patches, directories, configs, allow_other_base, "merges")
     for number, directory in enumerate(directories):
         patched = load_patch(base, directory, f"patch{number}")
         base = patched.merge_and_unload(safe_merge=True)

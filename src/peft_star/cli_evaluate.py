@@ -19,8 +19,10 @@ from .cli import (
     Dtype,
     Json,
     Model,
+    PatchRevision,
     Revision,
     Token,
+    _check_patches,
     _command,
     _fail,
     _finish,
@@ -28,7 +30,7 @@ from .cli import (
     app,
 )
 from .console import quiet, status, stderr_console
-from .loading import REPORT_NAME, check_fit, find_patch, load_patch, read_patch_config
+from .loading import REPORT_NAME, find_patch, load_patch, read_patch_config
 
 if TYPE_CHECKING:
     from .evaluation import Comparison, Evaluation, Harm
@@ -98,9 +100,7 @@ def evaluate(
     device_map: DeviceMap = None,
     revision: Revision = None,
     token: Token = None,
-    patch_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the PATCHes on the Hub.", show_default=False)
-    ] = None,
+    patch_revision: PatchRevision = None,
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Evaluate PATCHes that were solved for other weights, too.")
     ] = False,
@@ -126,7 +126,7 @@ def evaluate(
     from .evaluation import evaluate as run_evaluation
 
     base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
-    _check_patches(base, patches, directories, configs, allow_other_base)
+    _check_patches(base, patches, directories, configs, allow_other_base, "evaluates")
 
     def run(name: str, network: Any) -> Evaluation:
         with _bar(name, len(rows) * (1 if no_generation else 2), as_json) as advance, quiet():
@@ -200,19 +200,6 @@ def _check_output_file(path: Path, inputs: tuple[str | Path, ...]) -> None:
             earlier = None
         if not isinstance(earlier, dict) or not {"base", "patched", "comparison"} <= earlier.keys():
             raise ValueError(f"{path} is no earlier evaluation, so it is not replaced; choose another file.")
-
-
-def _check_patches(
-    base: Any, patches: list[str], directories: list[Path], configs: list[dict[str, Any]], allow_other_base: bool
-) -> None:
-    from .fingerprint import check_base
-
-    for patch, directory, config in zip(patches, directories, configs, strict=True):
-        check_fit(base, directory, patch)
-        try:
-            check_base(base, config, allow_mismatch=allow_other_base)
-        except ValueError as error:
-            raise ValueError(f"{patch}: {error} (--allow-other-base evaluates it all the same.)") from error
 
 
 def _put_on(base: Any, directories: list[Path], as_json: bool) -> Any:
