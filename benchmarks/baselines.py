@@ -15,17 +15,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from interface import MAX_BATCH_TOKENS, Applied, Method, Problem, device_of
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
 
+from interface import MAX_BATCH_TOKENS, Applied, Method, Problem, device_of
 from peft_star import RepairArguments
-from peft_star.batch import Batch, completion_logits, completion_offsets, loss_at, make_batches
+from peft_star.engine.batch import Batch, completion_offsets, make_batches
+from peft_star.engine.passes import completion_logits, loss_at, teacher_forced
+from peft_star.engine.predictions import Predictions
 from peft_star.failures import Row
-from peft_star.semantics import semantic_bases, semantic_delta
-from peft_star.structure import find_second_matrices
-from peft_star.trace import Predictions, empty_predictions, fill_predictions
-from peft_star.verify import teacher_forced
+from peft_star.method.semantics import semantic_bases, semantic_delta
+from peft_star.models.structure import find_second_matrices
 
 ROUNDS = RepairArguments.max_rounds
 
@@ -40,12 +40,12 @@ def forward_backward(
 
     A batch without a token that is `wanting` (default: chosen) has nothing to ask for and is not differentiated.
     """
-    predictions = empty_predictions(sum(map(len, batches)))
+    predictions = Predictions.empty(sum(map(len, batches)))
     for batch in batches:
         slots = batch.slots.cpu()
         with torch.enable_grad():
             logits = completion_logits(model, batch)
-        fill_predictions(predictions, batch, logits.detach())
+        predictions.read(batch, logits.detach())
         if (wanting or choose)(predictions)[slots].any():
             with torch.enable_grad():
                 loss_at(logits, batch, choose(predictions)[slots]).backward()
@@ -370,11 +370,11 @@ class LogitBias(Baseline):
 
     @torch.no_grad()
     def solve(self, patch: Bias, batches: list[Batch], only: torch.Tensor, margin: float) -> int:
-        predictions = empty_predictions(len(only))
+        predictions = Predictions.empty(len(only))
         logits: dict[int, torch.Tensor] = {}
         for batch in batches:
             found = completion_logits(patch.model, batch).float()
-            fill_predictions(predictions, batch, found)
+            predictions.read(batch, found)
             logits |= zip(batch.slots.tolist(), found)
         goal = Goal(only & ~predictions.right, predictions.right, margin)
         values = torch.zeros_like(found[0])
@@ -389,7 +389,7 @@ class LogitBias(Baseline):
                 continue
             demands, values = [*demands, demand], raised
             for batch in batches:
-                fill_predictions(predictions, batch, torch.stack([logits[s] for s in batch.slots.tolist()]) + values)
+                predictions.read(batch, torch.stack([logits[s] for s in batch.slots.tolist()]) + values)
         patch.values = values if patch.values is None else patch.values + values
         return len(demands)
 

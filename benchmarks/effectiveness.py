@@ -23,13 +23,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+
 from figures import bootstrap, label
 from harness import Harm, load, parser, resume, run_units, setting_of, task_rows
 from interface import MODES, Method
 from methods import METHODS, make_method
-
 from peft_star.evaluation import RowEvaluation, evaluate
-from peft_star.semantics import semantic_bases
+from peft_star.method.semantics import semantic_bases
 
 UNPATCHED = "unpatched"
 DEFAULT_METHODS = ["mint", "sgd", "lora", "logit-bias", "star"]

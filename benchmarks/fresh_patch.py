@@ -14,10 +14,10 @@ import json
 import time
 from typing import Any
 
-from harness import Harm, load, parser, resume, setting_of, task_rows, write_json
 from peft import get_peft_model
 from tqdm.auto import tqdm
 
+from harness import Harm, load, parser, resume, setting_of, task_rows, write_json
 from peft_star import RepairArguments, StarConfig, repair
 
 SUMS = ("failures", "solved", "right", "broken", "rows_solved")

@@ -12,14 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prompts import TASKS, few_shot_rows
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 from peft_star.evaluation import TextProbe, write_json
 from peft_star.loading import load_model
+from prompts import TASKS, few_shot_rows
 
-__all__ = ["Harm", "load", "machine", "parser", "resumable", "resume", "run_units", "setting_of", "task_rows", "write_json"]
+__all__ = [
+    "Harm",
+    "load",
+    "machine",
+    "parser",
+    "resumable",
+    "resume",
+    "run_units",
+    "setting_of",
+    "task_rows",
+    "write_json",
+]
 
 UNRELATED = Path(__file__).parent.parent / "LICENSE"
 

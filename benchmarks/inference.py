@@ -26,14 +26,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import machine, setting_of, write_json
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
 
+from harness import machine, setting_of, write_json
 from peft_star import StarConfig
 from peft_star.loading import load_model
-from peft_star.structure import find_second_matrices, linear_shape
+from peft_star.models.structure import find_second_matrices, linear_shape
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 BASE, AGAIN = "base", "base again"

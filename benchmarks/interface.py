@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from peft_star import RepairArguments
-from peft_star.batch import make_batches
+from peft_star.engine.batch import make_batches
+from peft_star.engine.passes import teacher_forced
 from peft_star.failures import Row, encode_rows
-from peft_star.verify import teacher_forced
 
 MAX_BATCH_TOKENS = RepairArguments.max_batch_tokens
 MODES = ("multiple", "single")

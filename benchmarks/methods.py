@@ -20,10 +20,10 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from baselines import Adapter, FullSGD, LogitBias, Mint
-from interface import Applied, Method, Outcome, Problem
 from peft import get_peft_model
 
+from baselines import Adapter, FullSGD, LogitBias, Mint
+from interface import Applied, Method, Outcome, Problem
 from peft_star import RepairArguments, StarConfig, repair
 
 __all__ = ["METHODS", "Method", "Outcome", "make_method"]

@@ -12,10 +12,10 @@ import json
 from statistics import mean
 from typing import Any
 
-from harness import load, machine, parser, task_rows, write_json
 from peft import get_peft_model
 from tqdm.auto import tqdm
 
+from harness import load, machine, parser, task_rows, write_json
 from peft_star import RepairArguments, StarConfig, repair
 
 

@@ -30,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+
 from figures import BLUE, GREY, drawing, save
 from harness import parser, resume, run_units, setting_of
 from prompts import few_shot_rows, read_jsonl
@@ -96,10 +97,10 @@ def repaired(base, tokenizer, rows: list[dict[str, str]], clock: str) -> dict[st
 
 def count_rows(given: dict[str, Any], wanted: list[int]) -> dict[str, int]:
     """How many of the rows hold as many failing tokens as are wanted."""
-    from peft_star.batch import make_batches
+    from peft_star.engine.batch import make_batches
+    from peft_star.engine.passes import teacher_forced
     from peft_star.failures import encode_rows
-    from peft_star.prefix import input_device
-    from peft_star.verify import teacher_forced
+    from peft_star.models.inputs import input_device
 
     begin(given["threads"])
     base, tokenizer = load(given["model"])
@@ -124,9 +125,9 @@ def time_failures(given: dict[str, Any], rows: list[dict[str, str]], number: int
 
 def batch_of(base, tokenizer, rows: list[dict[str, str]], tokens: int):
     """The largest batch that the rows make."""
-    from peft_star.batch import make_batches
+    from peft_star.engine.batch import make_batches
     from peft_star.failures import encode_rows
-    from peft_star.prefix import input_device
+    from peft_star.models.inputs import input_device
 
     batches = make_batches(encode_rows(rows, tokenizer), tokens, input_device(base), base)
     return max(batches, key=lambda batch: batch.input_ids.numel())
@@ -134,8 +135,8 @@ def batch_of(base, tokenizer, rows: list[dict[str, str]], tokens: int):
 
 def memory_of(given: dict[str, Any], rows: list[dict[str, str]], kind: str) -> dict[str, Any]:
     """Peak memory of a repair of one batch, or of its forward-backward."""
-    from peft_star.arguments import RepairArguments
-    from peft_star.batch import completion_logits, loss_at
+    from peft_star.engine.passes import completion_logits, loss_at
+    from peft_star.method.arguments import RepairArguments
 
     begin(given["threads"])
     base, tokenizer = load(given["model"])
@@ -152,7 +153,7 @@ def memory_of(given: dict[str, Any], rows: list[dict[str, str]], kind: str) -> d
 
 def factor_head(given: dict[str, Any], kept: str) -> dict[str, Any]:
     """Seconds and memory of a head's factor, with `kept` as the cache's directory."""
-    from peft_star.semantics import SemanticBases
+    from peft_star.method.semantics import SemanticBases
 
     os.environ["PEFT_STAR_CACHE"] = kept
     begin(given["threads"])
@@ -175,7 +176,7 @@ def time_head(given: dict[str, Any]) -> dict[str, Any]:
 
 def member(rank: int, given: dict[str, Any], rows: list[dict[str, str]], cores: list[int], port: int, queue) -> None:
     """One of the processes that repair together, with a core of its own."""
-    from peft_star.distributed import launched
+    from peft_star.engine.distributed import launched
 
     begin(1, cores[rank])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(cores))}

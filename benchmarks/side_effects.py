@@ -32,18 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import bootstrap, drawing, label, looks, offsets, save, with_interval
-from harness import UNRELATED as PROSE
-from harness import load, parser, resume, setting_of, task_rows, write_json
-from interface import Method
-from methods import METHODS, make_method
-from prompts import read_jsonl
 from tqdm.auto import tqdm
 
-from peft_star.batch import make_batches
+from figures import bootstrap, drawing, label, looks, offsets, save, with_interval
+from harness import UNRELATED as PROSE
+from harness import load, parser, resumable, resume, setting_of, task_rows, write_json
+from interface import Method
+from methods import METHODS, make_method
+from peft_star.engine.batch import make_batches
+from peft_star.engine.passes import teacher_forced
 from peft_star.evaluation import Gaps, TextProbe, gaps, side_effects
 from peft_star.failures import Row, encode_rows
-from peft_star.verify import teacher_forced
+from prompts import read_jsonl
 
 RELATED, UNRELATED = 9, 14
 PROBE_TOKENS = 600

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import BLUE, GREY, VERMILION, bootstrap, drawing, offsets, save, with_interval
-from fresh_patch import patch_row
-from harness import Harm, load, parser, resume, setting_of, task_rows, write_json
-from methods import METHODS
 from peft import get_peft_model
 from tqdm.auto import tqdm
 
+from figures import BLUE, GREY, VERMILION, bootstrap, drawing, offsets, save, with_interval
+from fresh_patch import patch_row
+from harness import Harm, load, parser, resumable, resume, setting_of, task_rows, write_json
+from methods import METHODS
 from peft_star import RepairArguments, StarConfig, repair
 
 ALGORITHM_1, DEFAULTS = "Algorithm 1", "defaults"

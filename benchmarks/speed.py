@@ -39,23 +39,23 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-import paper_figures
 import torch
+from peft import get_peft_model
+from torch import nn
+
+import paper_figures
 from effectiveness import estimate, markdown, ratio
 from figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, YELLOW, bootstrap, drawing, label, looks, save
 from harness import load, parser, resume, run_units, setting_of, task_rows
 from interface import MAX_BATCH_TOKENS, Applied, Method, Passes, Problem, device_of, frozen, now
 from methods import METHODS, Star, make_method
-from peft import get_peft_model
-from torch import nn
-
 from peft_star import RepairArguments, RepairCallback, StarConfig, repair
-from peft_star.batch import Batch, completion_logits, loss_at, make_batches
-from peft_star.callbacks import PHASES
+from peft_star.engine.batch import Batch, make_batches
+from peft_star.engine.passes import completion_logits, loss_at, teacher_forced
 from peft_star.failures import encode_rows
-from peft_star.semantics import semantic_bases
-from peft_star.structure import find_second_matrices
-from peft_star.verify import teacher_forced
+from peft_star.method.callbacks import PHASES
+from peft_star.method.semantics import semantic_bases
+from peft_star.models.structure import find_second_matrices
 
 FLOOR = "floor"
 CLOCKS = {"cpu": "CPU s", "wall": "wall s"}

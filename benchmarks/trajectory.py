@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import BLUE, GREEN, VERMILION, drawing, save
-from harness import load, resume, setting_of, write_json
 from peft import get_peft_model
-from prompts import TASKS, few_shot_rows
 from torch import nn
 from tqdm.auto import tqdm
 
+from figures import BLUE, GREEN, VERMILION, drawing, save
+from harness import load, resumable, resume, setting_of, write_json
 from peft_star import PriorGuidedSGD, RepairArguments, StarConfig, prepare
-from peft_star.batch import completion_logits, loss_at, make_batches
+from peft_star.engine.batch import make_batches
+from peft_star.engine.passes import completion_logits, loss_at
 from peft_star.failures import encode_rows
+from prompts import TASKS, few_shot_rows
 
 SGD, STAR, ADAPTIVE = "SGD", "STAR, Algorithm 1", "STAR, adaptive steps"
 LOOKS = {SGD: (VERMILION, "-"), STAR: (BLUE, "-"), ADAPTIVE: (GREEN, "--")}

@@ -17,8 +17,7 @@ from typing import Any
 
 from harness import load, parser, resume, run_units, setting_of, task_rows
 from methods import make_method
-
-from peft_star.semantics import semantic_bases
+from peft_star.method.semantics import semantic_bases
 
 
 def grid(**axes: list) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from conftest import build_model, build_tokenizer
 from peft_star import StarConfig
 from peft_star.loading import (
     demo_model_path,
@@ -23,6 +22,7 @@ from peft_star.loading import (
     looks_like_path,
     read_patch_modules,
 )
+from support.byte_llama import build_model, build_tokenizer
 
 
 def make_patch(directory: Path, seed: int = 0, model: torch.nn.Module | None = None, **settings) -> Path:

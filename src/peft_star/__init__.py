@@ -4,17 +4,17 @@ from .registration import register
 
 register()
 
-from .arguments import RepairArguments  # noqa: E402
-from .callbacks import RepairCallback, RepairState  # noqa: E402
-from .combine import combine_patches, swap_patch  # noqa: E402
-from .config import StarConfig  # noqa: E402
-from .export import export_lora  # noqa: E402
-from .fingerprint import fingerprint  # noqa: E402
-from .layer import Linear, StarLayer  # noqa: E402
-from .model import StarModel  # noqa: E402
-from .patch import PriorGuidedSGD  # noqa: E402
-from .repair import RepairInterrupted, prepare, repair  # noqa: E402
+from .method.arguments import RepairArguments  # noqa: E402
+from .method.callbacks import RepairCallback, RepairState  # noqa: E402
+from .method.prior_guided import PriorGuidedSGD  # noqa: E402
+from .method.repair import RepairInterrupted, prepare, repair  # noqa: E402
+from .models.fingerprint import fingerprint  # noqa: E402
 from .report import RepairReport  # noqa: E402
+from .sharing.lora import export_lora  # noqa: E402
+from .tuner.config import StarConfig  # noqa: E402
+from .tuner.layer import Linear, StarLayer  # noqa: E402
+from .tuner.model import StarModel  # noqa: E402
+from .tuner.patches import combine_patches, swap_patch  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,169 @@
+"""What commands show on standard error: messages, progress and a report's tables."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..method.callbacks import RepairCallback
+    from ..report import RepairReport
+
+SHOWN_ROWS = 20
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks, of those that a launcher such as `torchrun` has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+
+
+def stderr_console(always: bool = False) -> Console:
+    """Standard error as it is now; a console that looks it up later would write into what `quiet` throws away.
+
+    Of several processes only the main one speaks, unless `always`.
+    """
+    return Console(file=sys.stderr, highlight=False, quiet=not (always or is_main()))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep other libraries' progress bars and warnings off the terminal; exceptions still say what went wrong."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def status(message: str, as_json: bool = False) -> Iterator[None]:
+    """A spinner on a terminal, one plain line elsewhere, nothing with `--json`."""
+    console = stderr_console()
+    if as_json:
+        yield
+    elif console.is_terminal:
+        with console.status(escape(message)):
+            yield
+    else:
+        console.print(escape(message), soft_wrap=True)
+        yield
+
+
+@contextlib.contextmanager
+def progress(as_json: bool) -> Iterator[RepairCallback]:
+    """A callback that shows a repair's progress on standard error."""
+    from ..method.callbacks import RepairCallback
+
+    console = stderr_console()
+    if as_json or not console.is_terminal:
+
+        class PlainProgress(RepairCallback):
+            def on_step_end(self, args: Any, state: Any) -> None:
+                if not as_json:
+                    solved = f"{state.num_solved}/{state.num_failures} failing tokens solved"
+                    console.print(f"step {state.step}: {solved}, loss {state.loss:.4g}")
+
+        yield PlainProgress()
+        return
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        class BarProgress(RepairCallback):
+            task: Any = None
+
+            def on_phase_begin(self, args: Any, state: Any) -> None:
+                self.task = progress.add_task(state.phase, total=state.total or None, note="")
+
+            def on_progress(self, args: Any, state: Any) -> None:
+                progress.update(self.task, completed=state.done)
+
+            def on_step_end(self, args: Any, state: Any) -> None:
+                note = f"{state.num_solved}/{state.num_failures} solved, loss {state.loss:.3g}"
+                progress.update(self.task, note=note)
+
+            def on_phase_end(self, args: Any, state: Any) -> None:
+                # the phases of "single" mode come back for each failure: one bar at a time
+                progress.remove_task(self.task)
+
+        yield BarProgress()
+
+
+def print_report(report: RepairReport, console: Console, layers: bool = True) -> None:
+    """The report as tables: failing tokens before and after, what broke, the totals."""
+    if report.failures:
+        table = Table(
+            "row", "context", "expected", "before", "after", "", title="Failing tokens", title_justify="left"
+        )
+        for item in report.failures[:SHOWN_ROWS]:
+            table.add_row(
+                str(item.row),
+                visible(item.context),
+                visible(item.expected),
+                visible(item.before),
+                visible(item.after),
+                "[green]solved[/]" if item.solved else "[red]not solved[/]",
+            )
+        console.print(table)
+        if len(report.failures) > SHOWN_ROWS:
+            console.print(f"... and {len(report.failures) - SHOWN_ROWS} more, in the report.")
+    else:
+        console.print("No failing token: the model already says all of this.")
+    if report.broken:
+        table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
+        for item in report.broken[:SHOWN_ROWS]:
+            table.add_row(
+                item.source, str(item.row), visible(item.context), visible(item.expected), visible(item.after)
+            )
+        console.print(table)
+    figures = report.summary()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    mark = "green" if figures["success"] else "red"
+    table.add_row("failing tokens solved", f"[{mark}]{figures['solved']} of {figures['failures']}[/]")
+    rows = figures["rows"]
+    table.add_row("rows right", f"{figures['rows_exact_before']} -> {figures['rows_exact_after']} of {rows}")
+    if "rows_generated_exact_after" in figures:
+        generated = f"{figures['rows_generated_exact_before']} -> {figures['rows_generated_exact_after']} of {rows}"
+        table.add_row("rows generated right", generated)
+    if figures["retained_rows"]:
+        table.add_row("retained rows broken", f"{figures['retained_rows_broken']} of {figures['retained_rows']}")
+    table.add_row("tokens broken", str(figures["tokens_broken"]))
+    if layers:
+        table.add_row("patched", f"{figures['neurons']} neurons in {figures['layers']} layers")
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    table.add_row("steps", str(figures["steps"]))
+    table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
+    console.print(table)
+    if report.interrupted:
+        console.print("[yellow]The repair was interrupted before it was done.[/]")
+
+
+def visible(text: str) -> str:
+    """A piece of text on one line, its line ends and the spaces around it shown."""
+    inner = text.strip(" ")
+    start = len(text) - len(text.lstrip(" "))
+    text = "·" * start + inner + "·" * (len(text) - start - len(inner))
+    return escape(text.replace("\n", "\\n").replace("\t", "\\t") or "(none)")
+
+
+def format_size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

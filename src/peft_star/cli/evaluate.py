@@ -1,0 +1,297 @@
+"""The command `peft-star evaluate`, registered by `cli.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperCommand
+
+from ..loading import REPORT_NAME, find_patch, load_patch, read_patch_config
+from .app import (
+    EXIT_INTERRUPTED,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    PatchRevision,
+    Revision,
+    Token,
+    _check_patches,
+    _command,
+    _fail,
+    _finish,
+    _load,
+    app,
+)
+from .console import quiet, status, stderr_console
+
+if TYPE_CHECKING:
+    from ..evaluation import Comparison, Evaluation, Harm
+
+METRICS = {
+    "rows exactly right": "exact",
+    "edit similarity": "edit_similarity",
+    "BLEU": "bleu",
+    "ROUGE-L": "rouge_l",
+}
+
+
+class _Command(TyperCommand):
+    """Lets `--json` name a file, and `--adapter` and `--text` several things at once.
+
+    click has no options with an optional value, or with several. MODEL and DATA are the only other words on the line,
+    so words beyond those two belong to the option that they follow.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._spread(list(args)))
+
+    def _spread(self, args: list[str]) -> list[str]:
+        valued = {name for item in self.params if not getattr(item, "is_flag", False) for name in item.opts}
+        words: list[tuple[int, str | None]] = []  # what is no option and not its value, and the option before it
+        option, index = None, 0
+        while index < len(args) and args[index] != "--":
+            word = args[index]
+            if word.startswith("-") and word != "-":
+                option, attached, _ = word.partition("=")
+                index += option in valued and not attached
+            else:
+                words.append((index, option))
+                option = None if option == "--json" else option  # it takes one
+            index += 1
+        total = len(words) + len(args[index + 1 :])
+        owned = [(index, option) for index, option in words if option in ("--json", "--adapter", "--text")]
+        for index, option in reversed(owned[: max(0, total - 2)]):
+            if option == "--json":
+                args[index - 1 : index + 1] = ["--json"] if args[index] == "-" else ["--output", args[index]]
+            else:
+                args.insert(index, option)
+        return args
+
+
+@app.command(cls=_Command)
+@_command
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help='One {"prompt": ..., "completion": ...} a line.')],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="PATCH ...", help="Patches to evaluate, all on the model at once."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="FILE ...", help="Text, prose or code, to measure the patches' harm on."),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each --text that are read.")] = 256,
+    no_generation: Annotated[
+        bool, typer.Option("--no-generation", help="Score teacher-forced predictions only, which is much faster.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT.json", help="Also write the results to this file.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    token: Token = None,
+    patch_revision: PatchRevision = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Evaluate PATCHes that were solved for other weights, too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Score MODEL on DATA, teacher-forced and generated, and with PATCHes beside it.
+
+    `--json` prints one JSON document on standard output; `--json OUT.json` writes it to a file instead, as `-o` does.
+    """
+    from ..failures import read_rows
+
+    patches, texts = adapter or [], text or []
+    rows = read_rows(data)
+    if texts and not patches:
+        raise ValueError("--text measures the harm that patches do; give --adapter, too.")
+    contents = [_read_text(path) for path in texts]
+    if output is not None:
+        _check_output_file(output, (data, *texts, model))
+    directories = [find_patch(patch, revision=patch_revision, token=token) for patch in patches]
+    configs = [read_patch_config(directory) for directory in directories]
+
+    from ..evaluation import TextProbe, compare
+    from ..evaluation import evaluate as run_evaluation
+
+    base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
+    _check_patches(base, patches, directories, configs, allow_other_base, "evaluates")
+
+    def run(name: str, network: Any) -> Evaluation:
+        with _bar(name, len(rows) * (1 if no_generation else 2), as_json) as advance, quiet():
+            return run_evaluation(network, tokenizer, rows, generate=not no_generation, progress=advance)
+
+    result: dict[str, Any] = {
+        "model": model,
+        "data": str(data),
+        "adapters": [_costs(patch, directory) for patch, directory in zip(patches, directories)],
+        "base": None,
+        "patched": None,
+        "comparison": None,
+        "texts": None,
+        "interrupted": False,
+    }
+    before = after = comparison = harms = None
+    try:
+        before = run("base", base)
+        result["base"] = before.to_dict()
+        if patches:
+            probes = [TextProbe(base, tokenizer, content, text_tokens) for content in contents]
+            patched = _put_on(base, directories, as_json)
+            after = run("patched", patched)
+            comparison = compare(before, after)
+            result |= {"patched": after.to_dict(), "comparison": comparison.to_dict()}
+            harms = [probe(patched) for probe in probes]
+            result["texts"] = [{"text": str(path), **item.to_dict()} for path, item in zip(texts, harms)]
+    except KeyboardInterrupt:
+        if before is None:
+            raise
+        result["interrupted"] = True
+    if not as_json:
+        _print(before, after, comparison, list(zip(texts, harms or [])))
+    if output is not None:
+        from ..evaluation import write_json
+
+        write_json(output.expanduser(), result)
+        if not as_json:
+            stderr_console().print(f"Written to {escape(str(output))}.", soft_wrap=True)
+    _finish(result, as_json)
+    if result["interrupted"]:
+        _fail(
+            "Interrupted; " + ("the base model alone was evaluated." if after is None else "no harm was measured."),
+            EXIT_INTERRUPTED,
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _check_output_file(path: Path, inputs: tuple[str | Path, ...]) -> None:
+    """Refuse, before any work is done, a file that could not or should not be written at the end."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; the output is a file.")
+    for item in inputs:
+        if Path(item).expanduser().exists() and path.exists() and path.samefile(Path(item).expanduser()):
+            raise ValueError(f"{path} is the input {item}; choose another file for the output.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no directory {path.absolute().parent}.")
+    if path.is_file() and path.stat().st_size:
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, dict) or not {"base", "patched", "comparison"} <= earlier.keys():
+            raise ValueError(f"{path} is no earlier evaluation, so it is not replaced; choose another file.")
+
+
+def _put_on(base: Any, directories: list[Path], as_json: bool) -> Any:
+    """The model with all patches on it, stacked."""
+    names = [f"patch{number}" for number in range(len(directories))]
+    with status("Loading the patches", as_json), quiet():
+        patched = base
+        for name, directory in zip(names, directories):
+            patched = load_patch(patched, directory, name)
+        patched.base_model.set_adapter(names, inference_mode=True)
+    return patched
+
+
+def _costs(patch: str, directory: Path) -> dict[str, Any]:
+    """What the patch's repair reported: its failures, and seconds for each."""
+    if not (directory / REPORT_NAME).is_file():
+        return {"patch": patch, "failures": None, "solved": None, "seconds": None, "seconds_per_failure": None}
+    from ..report import RepairReport
+
+    report = RepairReport.load(directory / REPORT_NAME)
+    seconds, count = sum(report.seconds.values()), len(report.failures)
+    return {
+        "patch": patch,
+        "failures": count,
+        "solved": report.num_solved,
+        "seconds": seconds,
+        "seconds_per_failure": seconds / count if count else None,
+    }
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int, as_json: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, one plain line elsewhere, nothing with `--json`."""
+    console = stderr_console()
+    if as_json or not console.is_terminal:
+        if not as_json:
+            console.print(f"Evaluating: {name}")
+        yield lambda count: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"Evaluating: {name}", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _print(
+    before: Evaluation, after: Evaluation | None, comparison: Comparison | None, harms: list[tuple[Path, Harm]]
+) -> None:
+    console = stderr_console()
+    console.print(f"{len(before.rows)} rows, {before.tokens} completion tokens")
+    table = Table("", "base", *(("patched", "difference") if after else ()), box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(label: str, was: float, now: float | None, better: int = 1) -> None:
+        cells = [f"{was:.4f}"]
+        if now is not None:
+            color = "dim" if now == was else "green" if (now - was) * better > 0 else "red"
+            cells += [f"{now:.4f}", f"[{color}]{now - was:+.4f}[/]"]
+        table.add_row(f"  {label}", *cells)
+
+    table.add_row("[bold]teacher-forced[/]")
+    add("tokens right", before.exact_match, after.exact_match if after else None)
+    add("perplexity", before.perplexity, after.perplexity if after else None, better=-1)
+    for kind in ("teacher_forced", "generated"):
+        if kind == "generated" and before.generated:
+            table.add_row("[bold]generated[/]")
+        for label, name in METRICS.items():
+            if scores := getattr(before, kind):
+                add(label, getattr(scores, name), getattr(getattr(after, kind), name) if after else None)
+    console.print(table)
+    if comparison:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for label, part, whole, share in (
+            ("failing tokens solved", comparison.solved, comparison.failures, comparison.solved_share),
+            ("right tokens broken", comparison.broken, comparison.right, comparison.broken_share),
+        ):
+            table.add_row(label, f"{part} of {whole} ({share:.2%})")
+        table.add_row("rows fixed, broken", f"{len(comparison.rows_fixed)}, {len(comparison.rows_broken)}")
+        if comparison.generations_fixed is not None:
+            fixed, broken = len(comparison.generations_fixed), len(comparison.generations_broken)
+            table.add_row("generations fixed, broken", f"{fixed}, {broken}")
+        console.print(table)
+    if harms:
+        table = Table("text", "tokens", "KL", "perplexity", "right tokens broken", box=None, pad_edge=False)
+        for path, item in harms:
+            table.add_row(
+                escape(path.name),
+                str(item.tokens),
+                f"{item.kl:.4g}",
+                f"{item.perplexity_before:.4g} -> {item.perplexity_after:.4g} (x{item.perplexity_ratio:.3f})",
+                f"{item.broken} of {item.right_before} ({item.broken_share:.2%})",
+            )
+        console.print(table)

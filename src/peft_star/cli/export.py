@@ -1,0 +1,49 @@
+"""The command `peft-star export`, registered by `cli.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..files import bytes_of, check_output
+from ..loading import CONFIG_NAME, find_patch, read_patch_config
+from .app import Json, Overwrite, Token, _command, _finish, app
+from .console import format_size, quiet, status, stderr_console
+
+FORMS = ("lora",)
+
+
+@app.command()
+@_command
+def export(
+    patch: Annotated[str, typer.Argument(metavar="PATCH", help="A patch's directory, or its Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the adapter.")],
+    to: Annotated[str, typer.Option("--to", help="The form: lora, exact and of one rank.")] = "lora",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
+    token: Token = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write PATCH in a form that needs no peft_star: a plain LoRA for PEFT, vLLM or llama.cpp. Needs no base model."""
+    if to not in FORMS:
+        raise ValueError(f"--to is {to!r}; the forms are: {', '.join(FORMS)}.")
+    directory = find_patch(patch, revision=revision, token=token)
+    read_patch_config(directory)
+    check_output(output, overwrite, CONFIG_NAME, inputs=(directory,))
+
+    with status("Exporting", as_json), quiet():
+        from ..sharing.lora import export_lora
+
+        export_lora(directory, output, overwrite=overwrite)
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(output.expanduser())
+    size = bytes_of(output)
+    if not as_json:
+        stderr_console().print(
+            f"Exported a LoRA of rank {config.r}: {escape(str(output))} ({format_size(size)}).", soft_wrap=True
+        )
+    _finish({"patch": patch, "to": to, "output": str(output), "rank": config.r, "bytes": size}, as_json)

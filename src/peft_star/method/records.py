@@ -1,0 +1,112 @@
+"""Records: what verification saw, before and after, as the entries of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..engine.batch import completion_offsets
+from ..engine.predictions import Predictions
+from ..failures import Row
+from ..report import CONTEXT_CHARACTERS, BrokenToken, FailureRecord, RowRecord
+
+# enough tokens to fill CONTEXT_CHARACTERS in any but the strangest texts
+CONTEXT_TOKENS = 32
+
+
+class Records:
+    """Entries for one set of rows.
+
+    Args:
+        source: "failures" or "retain".
+        rows: The rows.
+        before, after: Predictions (S) at their completion tokens.
+        tokenizer: Turns ids into text.
+    """
+
+    def __init__(self, source: str, rows: Sequence[Row], before: Predictions, after: Predictions, tokenizer):
+        self.source, self.rows, self.before, self.after, self.tokenizer = source, rows, before, after, tokenizer
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _context(self, row: Row, position: int) -> str:
+        start = max(0, position + 1 - CONTEXT_TOKENS)
+        return self._text(row.input_ids[start : position + 1])[-CONTEXT_CHARACTERS:]
+
+    def _slots(self) -> Iterator[tuple[Row, int, int]]:
+        """(row, position of the medium token, slot) of every completion token."""
+        for row, start in zip(self.rows, completion_offsets(self.rows)):
+            for slot, position in enumerate(row.medium_positions, start=start):
+                yield row, position, slot
+
+    def failures(self) -> list[FailureRecord]:
+        """The tokens that were wrong before."""
+        records = []
+        for row, position, slot in self._slots():
+            if self.before.right[slot]:
+                continue
+            expected, was, now = (
+                int(ids[slot]) for ids in (self.before.expected, self.before.argmax, self.after.argmax)
+            )
+            records.append(
+                FailureRecord(
+                    row=row.index,
+                    position=position,
+                    context=self._context(row, position),
+                    expected=self._text([expected]),
+                    expected_id=expected,
+                    before=self._text([was]),
+                    before_id=was,
+                    after=self._text([now]),
+                    after_id=now,
+                    gap_before=float(self.before.margin[slot]),
+                    gap_after=float(self.after.margin[slot]),
+                    solved=now == expected,
+                )
+            )
+        return records
+
+    def broken(self) -> list[BrokenToken]:
+        """The tokens that were right before and are wrong after."""
+        return [
+            BrokenToken(
+                source=self.source,
+                row=row.index,
+                position=position,
+                context=self._context(row, position),
+                expected=self._text([int(self.before.expected[slot])]),
+                expected_id=int(self.before.expected[slot]),
+                after=self._text([int(self.after.argmax[slot])]),
+                after_id=int(self.after.argmax[slot]),
+            )
+            for row, position, slot in self._slots()
+            if self.before.right[slot] and not self.after.right[slot]
+        ]
+
+    def of_rows(
+        self,
+        generated_before: Sequence[tuple[int, ...]] | None = None,
+        generated_after: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[RowRecord]:
+        """One record a row, with the texts of greedy generation where they are given."""
+        records = []
+        for number, (row, start) in enumerate(zip(self.rows, completion_offsets(self.rows))):
+            slots = slice(start, start + len(row.completion_ids))
+            right_before, right_after = int(self.before.right[slots].sum()), int(self.after.right[slots].sum())
+            record = RowRecord(
+                source=self.source,
+                row=row.index,
+                prompt=row.prompt,
+                completion=row.completion,
+                tokens=len(row.completion_ids),
+                right_before=right_before,
+                right_after=right_after,
+                exact_before=right_before == len(row.completion_ids),
+                exact_after=right_after == len(row.completion_ids),
+            )
+            for when, generated in (("before", generated_before), ("after", generated_after)):
+                if generated is not None:
+                    setattr(record, f"generated_{when}", self._text(generated[number]))
+                    setattr(record, f"generation_exact_{when}", generated[number] == row.completion_ids)
+            records.append(record)
+        return records

@@ -1,0 +1,1 @@
+"""A patch as files: read, checked and written, as a plain LoRA, with its card, on the Hub."""

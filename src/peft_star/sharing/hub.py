@@ -1,0 +1,219 @@
+"""Sharing patches on the Hub: `push` uploads a directory, and `model.push_to_hub` keeps this package's card.
+
+A patch's own files tell nothing about this machine then: a base model that is no Hub id is blanked in the upload.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..loading import CONFIG_NAME, REPORT_NAME, read_patch_config, read_patch_modules
+from .card import CARD_NAME, LORA_DIR, PLOT_NAME, clean_card, hub_id, patch_folders, write_card
+
+if TYPE_CHECKING:
+    from ..report import RepairReport
+
+COMMIT_MESSAGE = "Upload a STAR patch"
+
+
+def push(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = COMMIT_MESSAGE,
+    lora: bool = False,
+) -> str:
+    """Upload a patch that lies on disk, with its card, report and LoRA twin, in one commit.
+
+    The directory stays as it is; the card and the configurations are made ready in a copy. Of the directory go its
+    files, adapters with names, and `lora/`. Of an earlier patch in the repository nothing is left.
+
+    Args:
+        directory: A patch as `peft-star repair` or `save_pretrained` wrote it.
+        repo_id: The repository; it is created when it does not exist.
+        token: Access token; by default that of `HF_TOKEN` or of `hf auth login`.
+        private: Whether a new repository is private.
+        revision: A branch; it is created when it does not exist.
+        commit_message: The commit's message.
+        lora: Whether to write the LoRA twin now.
+
+    Returns:
+        The address of the repository, or of the branch.
+
+    Raises:
+        ValueError: The directory holds no patch or a damaged one, or `repo_id` can be no repository's name.
+        OSError: The Hub refused or could not be reached.
+    """
+    from huggingface_hub import HfApi
+
+    directory = Path(directory).expanduser()
+    folders = patch_folders(directory)
+    for folder in folders:
+        read_patch_config(folder)
+        read_patch_modules(folder)
+    check_repo_id(repo_id)
+    check_token(token)
+    with tempfile.TemporaryDirectory() as temporary:
+        staging = Path(temporary)
+        for path in directory.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                shutil.copyfile(path, staging / path.name)
+            elif path in folders or (path.name == LORA_DIR and (path / CONFIG_NAME).is_file()):
+                shutil.copytree(path, staging / path.name, ignore=shutil.ignore_patterns(".*"))
+        if lora:
+            from .lora import export_lora
+
+            shutil.rmtree(staging / LORA_DIR, ignore_errors=True)
+            export_lora(directory, staging / LORA_DIR)
+        api = HfApi(token=token)
+        with _one_sentence(repo_id):
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.model_info(url.repo_id).private:
+                raise ValueError(
+                    f"{url.repo_id} exists and is public; only a new repository can be made private here."
+                )
+            make_ready(staging, url.repo_id, token=token)
+            if revision and not revision.startswith("refs/pr"):
+                api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+            api.upload_folder(
+                repo_id=url.repo_id,
+                folder_path=staging,
+                commit_message=commit_message,
+                revision=revision,
+                delete_patterns=["adapter_model.*", REPORT_NAME, PLOT_NAME, f"{LORA_DIR}/*"],
+            )
+    return f"{url}/tree/{revision}" if revision else str(url)
+
+
+def make_ready(directory: Path, repo_id: str, *, token: str | bool | None = None) -> None:
+    """Write the card of a patch for its repository, and blank what names a path of this machine, in place."""
+    from huggingface_hub import HfApi
+
+    # a relative path such as models/tiny looks like an id once the working directory is another
+    is_base = functools.cache(lambda name: HfApi(token=token).repo_exists(name))
+    write_card(directory, repo_id=repo_id, is_base=is_base)
+    for card in directory.glob(f"*/{CARD_NAME}"):
+        clean_card(card, is_base)
+    for name in (CONFIG_NAME, REPORT_NAME):
+        for path in (directory / name, *directory.glob(f"*/{name}")):
+            if path.is_file():
+                _blank_base(path, is_base)
+
+
+def _blank_base(path: Path, is_base: Callable[[str], bool]) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    config = data.get("config", {}) if path.name == REPORT_NAME else data
+    base = hub_id(config.get("base_model_name_or_path"))
+    if config.get("base_model_name_or_path") and not (base and is_base(base)):
+        config["base_model_name_or_path"] = None
+        indent = 1 if path.name == REPORT_NAME else 2
+        path.write_text(json.dumps(data, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remember_report(model: Any, adapter_name: str, report: RepairReport) -> None:
+    """Keep the report of an adapter's repair with its model, for the card that `model.push_to_hub` uploads."""
+    tuner = getattr(model, "base_model", model)
+    tuner.__dict__.setdefault("repair_reports", {})[adapter_name] = report
+
+
+def keep_own_card(model: Any) -> None:
+    """See to it that the next `model.push_to_hub` uploads this package's card instead of a generic one.
+
+    `PeftModel.push_to_hub` is transformers': it saves the model, replaces the card by a generic one, and hands the
+    directory to `_upload_modified_files`. None of it can be overridden by a tuner, so this sets that last step on the
+    one instance. What it sets knows no model: the instance can be freed, copied and pickled as before.
+    """
+    from transformers.utils import PushToHubMixin
+
+    if isinstance(model, PushToHubMixin) and hasattr(PushToHubMixin, "_upload_modified_files"):
+        reports = getattr(model, "base_model", model).__dict__.get("repair_reports", {})
+        model._upload_modified_files = functools.partial(_upload_modified_files, reports)
+
+
+def _upload_modified_files(
+    reports: Mapping[str, RepairReport], working_dir: str, repo_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    from transformers.utils import PushToHubMixin
+
+    directory = Path(working_dir)
+    folders = patch_folders(directory)
+    if any(_is_patch(folder) for folder in folders):
+        for folder in folders:
+            report = reports.get("default" if folder == directory else folder.name)
+            if report is not None:
+                report.save(folder / REPORT_NAME)
+        if (directory / REPORT_NAME).is_file():
+            with contextlib.suppress(ImportError):  # matplotlib is an extra
+                reports["default"].plot(directory / PLOT_NAME)
+        make_ready(directory, repo_id, token=kwargs.get("token"))
+        kwargs["commit_message"] = kwargs.get("commit_message") or COMMIT_MESSAGE
+    # of the instance it needs nothing but the class's name, for a message
+    return PushToHubMixin()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def _is_patch(folder: Path) -> bool:
+    try:
+        read_patch_config(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise unless `repo_id` can be the name of a repository on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"{repo_id!r} is no name for a repository on the Hub; give one such as you/your-patch."
+        ) from None
+
+
+def check_token(token: str | None) -> None:
+    """Raise when there is no token at all: without one nothing can be pushed."""
+    from huggingface_hub import get_token
+
+    if not (token or get_token()):
+        raise ValueError("Pushing to the Hub needs a token: give one, set HF_TOKEN, or run `hf auth login`.")
+
+
+@contextlib.contextmanager
+def _one_sentence(repo_id: str) -> Any:
+    """Turn what the Hub's client raises, a report of many lines, into one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise OSError("The Hub is switched off (offline mode).") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = (error.server_message or "").strip().splitlines()
+        reason = f" ({said[0].rstrip('.')})" if said else ""
+        if status == 401:
+            raise OSError(f"The Hub does not know this token, or it may not write to {repo_id}{reason}.") from error
+        if status == 403:
+            raise OSError(f"This token may not write to {repo_id} on the Hub{reason}.") from error
+        if status == 404:
+            raise OSError(f"The Hub has no place {repo_id} that this token may write to{reason}.") from error
+        raise OSError(f"The Hub did not take {repo_id}: it answered {status}{reason}.") from error
+    except Exception as error:
+        # not a kind that httpx, httpx2 and requests share
+        if any(word in type(error).__name__.lower() for word in ("connect", "timeout", "network")):
+            raise OSError(f"The Hub could not be reached to push to {repo_id}.") from error
+        if isinstance(error, RuntimeError):  # what the client makes of a large file that the Hub did not take
+            raise OSError(f"The Hub did not take {repo_id}: {error}.") from error
+        raise

@@ -1,0 +1,1 @@
+"""STAR as a PEFT tuner."""

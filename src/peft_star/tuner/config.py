@@ -1,0 +1,332 @@
+"""The configuration of a STAR adapter."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..loading import WEIGHTS_NAME
+
+LAYER_SELECTIONS = ("occlusion", "last", "all")
+NEURON_PATTERNS = ("layer-wise", "model-wise")
+
+
+def _check_amount(name: str, value: Any, noun: str) -> int | float:
+    """Return `value` as a Python int (a count) or float (a share in (0, 1]), or say what is wrong with it."""
+    # bool is an Integral in Python, so it has to be refused before the other checks
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"`{name}` should be an int (the number of {noun}) or a float in (0, 1] (a share of them), "
+            f"got {value!r} of type {type(value).__name__}."
+        )
+    if isinstance(value, numbers.Integral):
+        if value <= 0:
+            raise ValueError(f"`{name}` should be a positive number of {noun}, got {int(value)}; pass 1 or more.")
+        return int(value)
+    value = float(value)
+    if not math.isfinite(value) or not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"`{name}` as a float is a share of the {noun} and should be in (0, 1], got {value!r}; "
+            "pass an int for a number of them."
+        )
+    return value
+
+
+def _check_index(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` should hold layer indices (ints), got {value!r} of type {type(value).__name__}.")
+    if value < 0:
+        raise ValueError(f"`{name}` should hold layer indices counted from 0, got {int(value)}.")
+    return int(value)
+
+
+def _check_counts(field_name: str, value: Any) -> dict[str, int]:
+    """Return `value` as a dict from module names to numbers of neurons, or say what is wrong with it."""
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"`{field_name}` should be a dict from full module names to numbers of neurons, got {value!r}."
+        )
+    checked = {}
+    for name, count in value.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"The keys of `{field_name}` should be full module names, got {name!r}.")
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+            raise TypeError(f"`{field_name}[{name!r}]` should be an int, got {count!r}.")
+        if count <= 0:
+            raise ValueError(f"`{field_name}[{name!r}]` should be 1 or more, got {int(count)}.")
+        checked[name] = int(count)
+    return checked
+
+
+@dataclass
+class StarConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of a [`StarModel`].
+
+    STAR ("A Semantic-based Optimization Approach for Repairing LLMs", Gu et al.) repairs a language model by adding a
+    delta to a few *neurons* of the feed-forward networks. A neuron is a column of the FFN's second matrix.
+
+    Args:
+        num_neurons (`Union[int, float]`, *optional*, defaults to `64`):
+            How many neurons are patched in each target module: an int is a number of neurons, a float in (0, 1] is a
+            share of the module's neurons. About 64 is where the paper finds the best repairs (section 5.2, Figure 6).
+        target_modules (`Optional[Union[list[str], str]]`, *optional*):
+            The names of the modules to apply the adapter to. If this is None, the second matrix of every FFN is found
+            from the model's structure. When passing a string, a regex match is performed; when passing a list of
+            strings, either an exact match is performed or it is checked if the name of the module ends with any of
+            the passed strings. If this is specified as 'all-linear', all linear/Conv1D modules are chosen (if the
+            model is a PreTrainedModel, the output layer is excluded).
+        exclude_modules (`Optional[Union[list[str], str]]`, *optional*):
+            The names of the modules to not apply the adapter to, matched like `target_modules`.
+        layers_to_transform (`Optional[Union[list[int], int]]`, *optional*):
+            The layer indices to transform. If None, all layers that hold a target module are transformed.
+        layers_pattern (`Optional[Union[list[str], str]]`, *optional*):
+            The layer pattern name, used only if `layers_to_transform` is different from None. It should target the
+            `nn.ModuleList` of the model, which is often called 'layers' or 'h'.
+        modules_to_save (`Optional[list[str]]`, *optional*):
+            List of modules apart from the adapter layers to be set as trainable and saved in the final checkpoint.
+        layer_selection (`Union[Literal["occlusion", "last", "all"], list[int]]`, *optional*, defaults to `"last"`):
+            How the layers to patch are chosen when a repair runs: "occlusion" takes the layers whose removal changes
+            the loss most, "last" those nearest to the LM head, so that a repair neither differentiates nor repeats
+            what lies below them, "all" takes every target layer, a list of ints names the layers.
+        num_layers (`Union[int, float]`, *optional*, defaults to `0.25`):
+            How many layers a repair with `layer_selection="occlusion"` or `"last"` patches: a number or a share in
+            (0, 1].
+        neuron_pattern (`Literal["layer-wise", "model-wise"]`, *optional*, defaults to `"layer-wise"`):
+            Whether a repair ranks neurons within each layer ("layer-wise": the same number in each) or over all
+            selected layers together ("model-wise": the layers may hold different numbers). See section 3.1 of the
+            paper.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Whether the deltas start at zero, which makes a new adapter the identity. False initializes them randomly
+            and is used only for testing.
+        neurons_per_module (`Optional[dict[str, int]]`, *optional*):
+            The number of neurons of single modules, which overrides `num_neurons`. Keys are the full names of modules
+            in the base model. A repair records it when modules hold different numbers, so that loading the patch
+            creates tensors of the right shapes.
+        in_features (`Optional[Union[int, list[int], dict]]`, *optional*):
+            How many neurons the target modules have in all: a number, for routed experts the list of the number of
+            experts and of the neurons in each, or a dict of these by full module name where they differ. It is
+            recorded when the adapter is created, so that a patch can be converted without its base model; setting it
+            has no effect.
+        lora_twin (`bool`, *optional*, defaults to `False`):
+            Whether saving a model also writes the patch as an exact LoRA into the subfolder `lora/`, which loads
+            without peft_star: `PeftModel.from_pretrained(base, patch, subfolder="lora")`.
+        base_fingerprint (`Optional[str]`, *optional*):
+            What [`fingerprint`] says of the base weights that the patch was solved for. A repair records it; loading
+            the patch onto other weights warns.
+
+    Raises:
+        ValueError: A value is out of its range or unknown.
+        TypeError: A value has the wrong type.
+    """
+
+    num_neurons: int | float = field(
+        default=64,
+        metadata={
+            "help": (
+                "How many neurons are patched in each target module: an int is a number of neurons, a float in (0, 1] "
+                "is a share of the module's neurons."
+            )
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "List of module names or regex expression of the module names to replace with STAR, for example "
+                "['down_proj'] or '.*mlp.down_proj'. This can also be the wildcard 'all-linear', which matches all "
+                "linear/Conv1D layers except the output layer. If not specified, the second matrix of every FFN is "
+                "found from the model's structure."
+            )
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "List of module names or regex expression of the module names to exclude from STAR."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The layer indices to transform, if this argument is specified, PEFT will transform only the layers "
+                "with these indices. If a single integer is passed, only the layer at this index is transformed."
+            )
+        },
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The layer pattern name, used only if `layers_to_transform` is different from None. It should target "
+                "the `nn.ModuleList` of the model, which is often called 'layers' or 'h'."
+            )
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "List of modules apart from STAR layers to be set as trainable and saved in the final checkpoint. For "
+                "example, in Sequence Classification or Token Classification tasks, the final layer "
+                "`classifier/score` are randomly initialized and as such need to be trainable and saved."
+            )
+        },
+    )
+    layer_selection: Literal["occlusion", "last", "all"] | list[int] = field(
+        default="last",
+        metadata={
+            "help": (
+                "How a repair chooses the layers to patch: 'occlusion' (those whose removal changes the loss most), "
+                "'last' (those nearest to the LM head), 'all', or a list of layer indices."
+            )
+        },
+    )
+    num_layers: int | float = field(
+        default=0.25,
+        metadata={"help": "How many layers a repair by 'occlusion' or 'last' patches: a number or a share in (0, 1]."},
+    )
+    neuron_pattern: Literal["layer-wise", "model-wise"] = field(
+        default="layer-wise",
+        metadata={
+            "help": (
+                "Whether a repair ranks neurons within each layer ('layer-wise') or over all selected layers together "
+                "('model-wise')."
+            )
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "Initialize the deltas with zeros, so that a new adapter is the identity. If set to False, they are "
+                "initialized to randn values instead; this is used only for testing."
+            )
+        },
+    )
+    neurons_per_module: dict[str, int] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The number of neurons of single modules, which overrides `num_neurons`; keys are full module names "
+                "in the base model. A repair records it when modules hold different numbers of neurons."
+            )
+        },
+    )
+    in_features: int | list[int] | dict[str, int | list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "How many neurons the target modules have in all, as a number or by full module name. Recorded when "
+                "the adapter is created, so that a patch can be converted without its base model."
+            )
+        },
+    )
+    lora_twin: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Write the same patch as a plain LoRA into the subfolder lora/ whenever the model is saved, for those "
+                "who load it without peft_star."
+            )
+        },
+    )
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={"help": "The fingerprint of the base weights that the patch was solved for. A repair records it."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.STAR
+        self.target_modules = (
+            set(self.target_modules) if isinstance(self.target_modules, (list, tuple)) else self.target_modules
+        )
+        self.exclude_modules = (
+            set(self.exclude_modules) if isinstance(self.exclude_modules, (list, tuple)) else self.exclude_modules
+        )
+
+        self.num_neurons = _check_amount("num_neurons", self.num_neurons, "neurons")
+        self.num_layers = _check_amount("num_layers", self.num_layers, "layers")
+        self._check_layers_to_transform()
+        self._check_layer_selection()
+
+        if self.neuron_pattern not in NEURON_PATTERNS:
+            raise ValueError(
+                f"`neuron_pattern` should be one of {', '.join(map(repr, NEURON_PATTERNS))}, "
+                f"got {self.neuron_pattern!r}."
+            )
+        for name in ("init_weights", "lora_twin"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` should be True or False, got {getattr(self, name)!r}.")
+        if self.neurons_per_module is not None:
+            self.neurons_per_module = _check_counts("neurons_per_module", self.neurons_per_module)
+        self._check_in_features()
+        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
+            raise TypeError(f"`base_fingerprint` should be a string, got {self.base_fingerprint!r}.")
+
+    def _check_layers_to_transform(self) -> None:
+        if isinstance(self.layers_to_transform, (list, tuple, set)):
+            self.layers_to_transform = [_check_index("layers_to_transform", i) for i in self.layers_to_transform]
+        elif self.layers_to_transform is not None:
+            self.layers_to_transform = _check_index("layers_to_transform", self.layers_to_transform)
+
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def _check_layer_selection(self) -> None:
+        if isinstance(self.layer_selection, str):
+            if self.layer_selection not in LAYER_SELECTIONS:
+                raise ValueError(
+                    f"`layer_selection` should be one of {', '.join(map(repr, LAYER_SELECTIONS))} or a list of layer "
+                    f"indices, got {self.layer_selection!r}."
+                )
+            return
+        if not isinstance(self.layer_selection, (list, tuple, set, range)):
+            raise TypeError(
+                f"`layer_selection` should be one of {', '.join(map(repr, LAYER_SELECTIONS))} or a list of layer "
+                f"indices, got {self.layer_selection!r}."
+            )
+        indices = [_check_index("layer_selection", index) for index in self.layer_selection]
+        if not indices:
+            raise ValueError("`layer_selection` is an empty list; name at least one layer or pass 'all'.")
+        if len(set(indices)) != len(indices):
+            raise ValueError(f"`layer_selection` names a layer twice: {indices}.")
+        self.layer_selection = sorted(indices)
+
+    def _check_in_features(self) -> None:
+        if self.in_features is None:
+            return
+        widths = self.in_features if isinstance(self.in_features, dict) else {"": self.in_features}
+        for name, width in widths.items():
+            counts = width if isinstance(width, list) and len(width) == 2 else [width]
+            if not isinstance(name, str) or not all(type(count) is int and count > 0 for count in counts):
+                raise ValueError(
+                    "`in_features` should be a number of neurons, a list of the number of experts and of the neurons "
+                    f"in each, or a dict of these by full module name, got {self.in_features!r}."
+                )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration and, if asked for, the LoRA twin beside it.
+
+        `PeftModel.save_pretrained` calls this when the weights are written.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        directory = Path(save_directory)
+        if self.lora_twin and (directory / WEIGHTS_NAME).is_file():
+            from ..sharing.lora import export_lora
+
+            export_lora(directory, directory / "lora", overwrite=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dictionary; sets become sorted lists, so that saved files are reproducible."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}

@@ -1,0 +1,475 @@
+"""The tuner: puts STAR layers into a model, moves them, and reads and writes patches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _find_minimal_target_modules
+from peft.utils import get_quantization_kwargs
+from peft.utils.other import _get_submodules
+from torch import nn
+
+from ..models import structure
+from ..models.fingerprint import warn_of_other_base
+from ..models.quantized import mend_packing
+from ..sharing.hub import keep_own_card
+from .config import StarConfig
+from .experts import Experts
+from .layer import (
+    INDEX_DTYPE,
+    Linear,
+    StarLayer,
+    check_delta,
+    check_neurons,
+    execution_device,
+    resolve_num_neurons,
+)
+
+# what wrappers insert into module names; `neurons_per_module` speaks of the names without them
+_WRAPPER_PREFIXES = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+_PEFT_PREFIX = "base_model.model."
+
+
+def _plain_name(name: str) -> str:
+    """Return a module's name as it is in the base model, without what wrappers insert."""
+    return _WRAPPER_PREFIXES.sub("", name).lstrip(".").removeprefix(_PEFT_PREFIX)
+
+
+def _own_key_list(model: nn.Module) -> list[str]:
+    """Return the names of the modules in `model` that do not lie inside of a tuner layer."""
+    tuner_layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return [name for name, _ in model.named_modules() if name and not name.startswith(tuner_layers)]
+
+
+def _matches(target_modules: set[str], name: str) -> bool:
+    return name in target_modules or any(name.endswith(f".{target}") for target in target_modules)
+
+
+def _select(targets: Iterable[str], key_list: list[str]) -> set[str] | str:
+    """Return a `target_modules` that selects just `targets` among `key_list`: their full names where that works."""
+    wanted = set(targets)
+    if all(_matches(wanted, key) == (key in wanted) for key in key_list):
+        return wanted
+    # a full name is the end of another full name, so only a regex is exact
+    return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _condense(targets: Iterable[str], key_list: list[str]) -> set[str] | None:
+    """Return the shortest suffixes that select just `targets` among `key_list`, or None when there are none."""
+    wanted = set(targets)
+    condensed = _find_minimal_target_modules(wanted, [key for key in key_list if key not in wanted])
+    # PEFT does not apply `layers_to_transform` to full names, so these do not count as suffixes
+    if condensed.isdisjoint(wanted) and all(_matches(condensed, key) == (key in wanted) for key in key_list):
+        return condensed
+    return None
+
+
+def _record_counts(config: StarConfig, counts: dict[str, int]) -> None:
+    """Write the numbers of neurons of the modules, by plain name, into the config."""
+    if len(set(counts.values())) == 1:
+        config.num_neurons = next(iter(counts.values()))
+        config.neurons_per_module = None
+    else:
+        config.num_neurons = max(counts.values())
+        config.neurons_per_module = dict(sorted(counts.items()))
+
+
+def _record_widths(config: StarConfig, layers: dict[str, StarLayer]) -> None:
+    """Write how many neurons the modules have in all, by plain name, into the config: converting a patch needs it."""
+    widths = {
+        _plain_name(name): [layer.num_experts, layer.neurons_per_expert]
+        if isinstance(layer, Experts)
+        else layer.in_features
+        for name, layer in layers.items()
+    }
+    values = list(widths.values())
+    same = len(values) > 0 and values.count(values[0]) == len(values)
+    config.in_features = values[0] if same else dict(sorted(widths.items())) or None
+
+
+def _neuron_shape(target: nn.Module) -> tuple[int, int]:
+    """(neurons, out_features) of a target module, or a sentence that it cannot be one."""
+    shape = structure.neuron_shape(target)
+    if shape is None:
+        raise TypeError(
+            f"Target module {target} is not supported. Currently, only the following modules are supported: "
+            "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, quantized linear layers, and routed experts with "
+            "a `down_proj` of three dimensions in floating point."
+        )
+    return shape
+
+
+class StarModel(BaseTuner):
+    """
+    Creates a STAR model from a pretrained model: sparse neuron deltas on the second matrices of its FFNs.
+
+    The method is described in "A Semantic-based Optimization Approach for Repairing LLMs: Case Study on Code
+    Generation" (Gu, Chen, Aleti, Zhang).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted.
+        config ([`StarConfig`]): The configuration of the STAR model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+
+    Returns:
+        `torch.nn.Module`: The STAR model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_star import StarConfig
+
+        >>> base_model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> model = get_peft_model(base_model, StarConfig(task_type="CAUSAL_LM", num_neurons=64))
+        ```
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
+        - **peft_config** ([`StarConfig`]): The configuration of the STAR model.
+    """
+
+    prefix: str = "star_"
+    tuner_layer_cls = StarLayer
+    # target modules are found from the model's structure, see `_prepare_adapter_config`
+    target_module_mapping: dict[str, list[str]] = {}
+
+    ##############
+    # Injection  #
+    ##############
+
+    def _prepare_adapter_config(self, peft_config: StarConfig, model_config: dict) -> StarConfig:
+        if peft_config.target_modules is not None:
+            return peft_config
+
+        targets = list(structure.find_second_matrices(self.model))
+        key_list = _own_key_list(self.model)
+        condensed = _condense(targets, key_list)
+        if condensed is not None:
+            peft_config.target_modules = condensed
+            return peft_config
+
+        if peft_config.layers_to_transform is not None:
+            indices = peft_config.layers_to_transform
+            indices = {indices} if isinstance(indices, int) else set(indices)
+            chosen = [name for index, name in enumerate(targets) if index in indices or not indices]
+            if not chosen:
+                raise ValueError(
+                    f"`layers_to_transform`={peft_config.layers_to_transform} names none of the {len(targets)} layers "
+                    "with an FFN. Please specify `target_modules` in `peft_config` or other layers."
+                )
+            targets = chosen
+            # it has been applied, and PEFT would not apply it to full names
+            peft_config.layers_to_transform = peft_config.layers_pattern = None
+        peft_config.target_modules = _select(targets, key_list)
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config, layers = self.peft_config[adapter_name], self._star_layers(adapter_name)
+        warn_of_other_base(self.model, config)
+        mend_packing(self.model)
+        _record_widths(config, layers)
+
+    def _create_and_replace(
+        self,
+        star_config: StarConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+
+        name = _plain_name(current_key)
+        counts = star_config.neurons_per_module or {}
+        num_neurons = counts.get(name, star_config.num_neurons)
+        kwargs = get_quantization_kwargs(self.model)
+
+        if isinstance(target, StarLayer):
+            layer = target
+            num_neurons = resolve_num_neurons(num_neurons, layer.in_features, name)
+            layer.update_layer(adapter_name, num_neurons, config=star_config, module_name=name, **kwargs)
+        else:
+            layer = self._create_new_module(star_config, adapter_name, target, num_neurons, name, **kwargs)
+            if adapter_name not in self.active_adapters:
+                # adding an additional adapter: it is not automatically trainable
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+        if layer.star_delta[adapter_name].is_meta:
+            # with low_cpu_mem_usage an adapter is empty as a whole until it is loaded
+            layer.star_neurons[adapter_name] = layer.star_neurons[adapter_name].to("meta")
+
+    @staticmethod
+    def _create_new_module(
+        star_config: StarConfig,
+        adapter_name: str,
+        target: nn.Module,
+        num_neurons: int | float,
+        name: str,
+        **kwargs: Any,
+    ) -> StarLayer:
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"Target module {name} already carries an adapter of another method ({type(target).__name__}). STAR "
+                "does not support nested base layers; merge or delete the other adapter first."
+            )
+        num_neurons = resolve_num_neurons(num_neurons, _neuron_shape(target)[0], name)
+        layer_cls = Linear if structure.routed_shape(target) is None else Experts
+        return layer_cls(target, adapter_name, config=star_config, num_neurons=num_neurons, module_name=name, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, StarLayer) and new_module is child.get_base_layer():
+            # unloading: the base layer is as it was, and not every quantized one has the `weight` PEFT would hand over
+            setattr(parent, child_name, new_module)
+            return
+        if isinstance(new_module, StarLayer) and execution_device(new_module.get_base_layer()) is not None:
+            # PEFT would move the adapter to where an offloaded weight waits, the meta device, and lose it
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PeftModel.forward and generate drop `adapter_names` after this hook, so without it they would be ignored
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "STAR does not support mixed batches: `adapter_names` cannot be passed to forward or generate. "
+                "Activate adapters with `set_adapter`, or export them to LoRA, which supports mixed batches."
+            )
+        yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: PEFT's signature speaks of ranks and decompositions; see [`combine_patches`].
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "STAR patches are not combined by `add_weighted_adapter`; call "
+            "`peft_star.combine_patches(model, adapters, new_name, weights)`, which is exact."
+        )
+
+    ##############
+    # Retarget   #
+    ##############
+
+    def _star_layers(self, adapter_name: str | None = None) -> dict[str, StarLayer]:
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, StarLayer) and (adapter_name is None or adapter_name in module.star_delta)
+        }
+
+    def retarget(self, adapter_name: str, neurons: dict[str, torch.Tensor]) -> None:
+        """Make exactly the named modules carry the adapter, with the given neurons and deltas of zero.
+
+        The adapter is taken off all other modules; a module that is left without adapters gets its base layer back.
+        The config is changed such that saving and loading the adapter gives this state again.
+
+        Args:
+            adapter_name: An adapter of this model.
+            neurons: From names of modules in the base model to integer indices (k,) of neurons in that module, unique
+                and in any order. k may differ between modules.
+
+        Raises:
+            ValueError: The adapter does not exist or is merged, a module does not exist or carries an adapter of
+                another method, or indices are not valid. Nothing has been changed then.
+            TypeError: A module is not a linear layer, or indices are not integers.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        if not neurons:
+            raise ValueError("`neurons` names no module; a patch needs at least one.")
+        config = self.peft_config[adapter_name]
+        current = self._star_layers(adapter_name)
+        if any(adapter_name in layer.merged_adapters for layer in current.values()):
+            raise ValueError(f"Adapter {adapter_name} cannot be retargeted while it is merged. Unmerge it first.")
+
+        modules = dict(self.model.named_modules())
+        checked: dict[str, torch.Tensor] = {}
+        for name, indices in neurons.items():
+            target = modules.get(name)
+            if target is None:
+                raise ValueError(f"The model has no module named {name!r}.")
+            if isinstance(target, BaseTunerLayer) and not isinstance(target, StarLayer):
+                raise ValueError(f"Module {name!r} already carries an adapter of another method.")
+            checked[name] = check_neurons(indices, _neuron_shape(target)[0], name)
+        target_modules = self._exact_target_modules(config, checked)
+
+        # a new layer takes over how the adapter is kept elsewhere: its dtype, trainability and the switched-off state
+        any_layer = next(iter(current.values()), None)
+        any_delta = None if any_layer is None else any_layer.star_delta[adapter_name]
+        requires_grad = (
+            any_delta.requires_grad
+            if any_delta is not None
+            else adapter_name in self.active_adapters and not config.inference_mode
+        )
+        disabled = any(layer.disable_adapters for layer in self._star_layers().values())
+
+        for name, layer in current.items():
+            if name not in checked:
+                self._remove_from_layer(name, layer, adapter_name)
+
+        for name, indices in checked.items():
+            layer = self.model.get_submodule(name)
+            if not (isinstance(layer, StarLayer) and adapter_name in layer.star_delta):
+                layer = self._add_to_layer(name, layer, adapter_name, config, indices.numel())
+                layer._disable_adapters = disabled
+                delta = layer.star_delta[adapter_name]
+                dtype = delta.dtype if any_delta is None else any_delta.dtype
+                layer.star_delta[adapter_name] = nn.Parameter(delta.detach().to(dtype), requires_grad=requires_grad)
+            layer.set_neurons(adapter_name, indices)
+
+        # PEFT condenses many exact names into suffixes on loading, which is the same selection
+        config.target_modules = target_modules
+        config.layers_to_transform = None
+        config.layers_pattern = None
+        config.exclude_modules = None
+        _record_counts(config, {_plain_name(name): indices.numel() for name, indices in checked.items()})
+        _record_widths(config, {name: self.model.get_submodule(name) for name in checked})
+        self.targeted_module_names = list(self._star_layers())
+
+    def _exact_target_modules(self, config: StarConfig, names: Iterable[str]) -> set[str] | str:
+        """Return a `target_modules` that selects just `names`, as PEFT will match it on loading."""
+        plain_names = [_plain_name(name) for name in names]
+        for module_name in config.modules_to_save or []:
+            for name in plain_names:
+                if re.match(rf"(^|.*\.){module_name}($|\..*)", name):
+                    raise ValueError(f"Module {name!r} cannot be patched, as it is one of `modules_to_save`.")
+        return _select(plain_names, [_plain_name(key) for key in _own_key_list(self.model)])
+
+    def _remove_from_layer(self, name: str, layer: StarLayer, adapter_name: str) -> None:
+        # not layer.delete_adapter: the adapter goes on to exist in other layers, so it stays active in this one
+        for attribute in layer.adapter_layer_names + layer.other_param_names:
+            if adapter_name in getattr(layer, attribute):
+                del getattr(layer, attribute)[adapter_name]
+        if len(layer.star_delta) == 0:
+            parent, target, target_name = _get_submodules(self.model, name)
+            setattr(parent, target_name, target.get_base_layer())
+
+    def _add_to_layer(
+        self, name: str, target: nn.Module, adapter_name: str, config: StarConfig, num_neurons: int
+    ) -> StarLayer:
+        requires_grad = {}
+        active_adapters = list(self.active_adapters)
+        if isinstance(target, StarLayer):
+            requires_grad = {key: delta.requires_grad for key, delta in target.star_delta.items()}
+            active_adapters = target.active_adapters
+            target.update_layer(adapter_name, num_neurons, config=config, module_name=name)
+            layer = target
+        else:
+            parent, target, target_name = _get_submodules(self.model, name)
+            kwargs = get_quantization_kwargs(self.model)
+            layer = self._create_new_module(config, adapter_name, target, num_neurons, name, **kwargs)
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+        # update_layer activates and unfreezes as if the adapter were new
+        layer._active_adapter = active_adapters
+        for key, value in requires_grad.items():
+            layer.star_delta[key].requires_grad_(value)
+        return layer
+
+    ############################
+    # State dict serialization #
+    ############################
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        keep_own_card(model)  # PEFT asks for the tensors whenever it saves, and before a push it saves
+        to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # a state dict that was gathered from parameters only lacks the indices, without which the deltas mean nothing
+        for name, module in model.named_modules():
+            if isinstance(module, StarLayer) and adapter_name in module.star_neurons:
+                name = name.removeprefix("_fsdp_wrapped_module.")
+                if f"{name}.star_delta.{adapter_name}" in to_return:
+                    key = f"{name}.star_neurons.{adapter_name}"
+                    to_return.setdefault(key, module.star_neurons[adapter_name])
+        return to_return
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Map the keys of a patch to those of the model, check the patch, and make room for its tensors.
+
+        Raises:
+            ValueError: The patch is not valid for this model; the message names the module. No tensor of the model
+                has been changed then.
+            TypeError: The patch holds tensors of wrong types.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = {
+            name.removeprefix("_fsdp_wrapped_module."): module
+            for name, module in model.named_modules()
+            if isinstance(module, StarLayer) and adapter_name in module.star_delta
+        }
+        wanted_keys = {f"{name}.{attr}.{adapter_name}" for name in layers for attr in ("star_delta", "star_neurons")}
+
+        for key in remapped:
+            module_name, _, attribute = key.rpartition(".")
+            if attribute in ("star_delta", "star_neurons") and key not in wanted_keys:
+                raise ValueError(
+                    f"The patch holds `{attribute}` of the module {module_name}, which the model does not have or "
+                    "which `target_modules` does not select."
+                )
+
+        # check everything before anything is changed
+        loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, layer in layers.items():
+            delta_key, neurons_key = (f"{name}.{attr}.{adapter_name}" for attr in ("star_delta", "star_neurons"))
+            delta, neurons = remapped.get(delta_key), remapped.get(neurons_key)
+            if delta is None and neurons is None:
+                continue  # PEFT reports missing keys
+            plain_name = _plain_name(name)
+            if delta is None or neurons is None:
+                missing = "star_delta" if delta is None else "star_neurons"
+                raise ValueError(f"The patch of the module {plain_name} lacks its `{missing}`.")
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(f"Adapter {adapter_name} cannot be loaded while it is merged. Unmerge it first.")
+            checked = check_neurons(neurons, layer.in_features, f"the module {plain_name}")
+            check_delta(delta, checked.numel(), layer.out_features, f"the module {plain_name}")
+            loaded[name] = (checked, delta)
+
+        counts = {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()}
+        resized = False
+        for name, (neurons, _) in loaded.items():
+            layer = layers[name]
+            # with low_cpu_mem_usage the loaded tensor itself becomes the buffer, so it needs the right dtype
+            remapped[f"{name}.star_neurons.{adapter_name}"] = neurons.to(INDEX_DTYPE)
+            old_delta, old_neurons = layer.star_delta[adapter_name], layer.star_neurons[adapter_name]
+            if counts[name] != neurons.numel():
+                shape = (neurons.numel(), layer.out_features)
+                layer.star_delta[adapter_name] = nn.Parameter(
+                    torch.zeros(shape, dtype=old_delta.dtype, device=old_delta.device),
+                    requires_grad=old_delta.requires_grad,
+                )
+                layer.star_neurons[adapter_name] = torch.zeros_like(neurons, device=old_neurons.device)
+                counts[name] = neurons.numel()
+                resized = True
+        if resized:
+            _record_counts(config, {_plain_name(name): count for name, count in counts.items()})
+        return remapped

@@ -1,0 +1,463 @@
+"""repair() end to end on tiny random models: the mechanics. Real weights are in test_real_model.py."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import peft_star
+from peft_star import (
+    PriorGuidedSGD,
+    RepairArguments,
+    RepairCallback,
+    RepairInterrupted,
+    RepairReport,
+    StarConfig,
+    prepare,
+    repair,
+)
+from support.tiny_models import MODELS, VOCAB
+from support.words import QUIET, RETAIN, ROWS, decided, star, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+def base_weights(model):
+    return {
+        name.replace(".base_layer", ""): value.clone()
+        for name, value in model.base_model.model.state_dict().items()
+        if "star_" not in name
+    }
+
+
+@pytest.mark.parametrize("algorithm", ["protected", "prior-guided"])
+@pytest.mark.parametrize("mode", ["multiple", "single"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "starcoder2", "gemma2", "falcon", "gpt_neox", "opt"])
+def test_a_repair_solves_every_failure_and_leaves_the_base_alone(name, mode, algorithm, tokenizer):
+    model = star(name)
+    before = base_weights(model)
+    report = repair(model, tokenizer, ROWS, RepairArguments(mode=mode, algorithm=algorithm, **QUIET))
+    assert len(report.failures) >= 2
+    assert report.success and report.num_solved == len(report.failures) and not report.broken
+    after = base_weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for row in report.rows:
+        assert row.exact_after and row.generation_exact_after
+        assert row.generated_after.split() == row.completion.split()
+
+
+def test_what_the_report_says_is_what_the_model_does(tokenizer):
+    model = star()
+    base = decided()
+    report = repair(model, tokenizer, ROWS, RepairArguments(**QUIET), retain=RETAIN)
+    for failure in report.failures:
+        row = ROWS[failure.row]
+        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+        assert ids[0, failure.position + 1] == failure.expected_id
+        for network, token, gap in (
+            (base, failure.before_id, failure.gap_before),
+            (model, failure.after_id, failure.gap_after),
+        ):
+            with torch.no_grad():
+                p = network(input_ids=ids).logits[0, failure.position].softmax(-1)
+            assert p.argmax() == token
+            expected = p[failure.expected_id].item()
+            p[failure.expected_id] = 0
+            assert expected - p.max().item() == pytest.approx(gap, abs=1e-5)
+    assert [row.source for row in report.rows] == ["failures", "failures", "retain"]
+
+
+def test_only_patched_layers_are_kept_and_saved(tmp_path, tokenizer):
+    model = star(num_layers=1)
+    report = repair(model, tokenizer, ROWS, RepairArguments(**{**QUIET, "learning_rate": 0.2}))
+    assert report.success and len(report.layers) == 1
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sorted(key.rpartition(".")[2] for key in saved) == ["star_delta", "star_neurons"]
+    again = PeftModel.from_pretrained(decided(), tmp_path)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    merged = PeftModel.from_pretrained(decided(), tmp_path).merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_repair_builds_on_the_first(tokenizer):
+    model = star()
+    arguments = RepairArguments(**QUIET)
+    first = repair(model, tokenizer, ROWS[:1], arguments)
+    second = repair(model, tokenizer, ROWS[1:], arguments, retain=ROWS[:1])
+    assert first.success and second.success
+    assert all(row.exact_after for row in second.rows)
+    again = repair(model, tokenizer, ROWS, arguments)
+    assert again.success and not again.failures and again.steps == 0
+
+
+def test_a_patch_is_built_upon_only_on_the_base_that_it_was_solved_for(tmp_path, tokenizer):
+    arguments = RepairArguments(**QUIET)
+    model = star()
+    repair(model, tokenizer, ROWS[:1], arguments)
+    model.save_pretrained(tmp_path)
+    assert StarConfig.from_pretrained(tmp_path).base_fingerprint == peft_star.fingerprint(decided())
+    with pytest.warns(UserWarning):
+        other = PeftModel.from_pretrained(decided(seed=1), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match="solved for other weights"):
+        repair(other, tokenizer, ROWS[1:], arguments)
+    with pytest.warns(UserWarning):
+        repair(other, tokenizer, ROWS[1:], RepairArguments(allow_other_base=True, **QUIET))
+    same = PeftModel.from_pretrained(decided(), tmp_path, is_trainable=True)
+    assert repair(same, tokenizer, ROWS[1:], arguments, retain=ROWS[:1]).success
+
+
+def test_each_step_moves_a_delta_by_the_rate_times_the_priors_magnitude(tokenizer):
+    model, same = star(), star()
+    priors = prepare(same, tokenizer, ROWS)
+    report = repair(
+        model,
+        tokenizer,
+        ROWS,
+        RepairArguments(algorithm="prior-guided", learning_rate=0.003, max_steps=1, disable_tqdm=True),
+    )
+    assert report.steps == 1
+    for name, prior in priors.items():
+        delta = model.base_model.model.get_submodule(name).star_delta["default"].detach()
+        torch.testing.assert_close(delta.abs(), 0.003 * prior.abs())
+
+
+def test_only_the_protected_algorithm_reads_background_text_and_contexts(tokenizer):
+    """Algorithm 1 is the paper's, whatever the other algorithm is told."""
+    arguments = {"algorithm": "prior-guided", "learning_rate": 0.003, "max_steps": 2, "disable_tqdm": True}
+    one, two = star(), star()
+    repair(one, tokenizer, ROWS, RepairArguments(**arguments))
+    lengths = []
+    two.base_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    repair(two, tokenizer, ROWS, RepairArguments(background=64, generalization=5.0, **arguments))
+    assert max(lengths) < 64
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_the_first_step_from_the_trace_equals_a_step_with_its_own_pass(tokenizer, monkeypatch):
+    one, two = star(), star()
+    arguments = RepairArguments(algorithm="prior-guided", learning_rate=0.003, max_steps=3, disable_tqdm=True)
+    repair(one, tokenizer, ROWS, arguments)
+    monkeypatch.setattr("peft_star.method.trace.KEEP_BYTES", 0)
+    repair(two, tokenizer, ROWS, arguments)
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_priors_guide_a_hand_written_loop(tokenizer):
+    model = star()
+    priors = prepare(model, tokenizer, ROWS)
+    assert priors and all(prior.abs().max() > 0 for prior in priors.values())
+    optimizer = PriorGuidedSGD((p for p in model.parameters() if p.requires_grad), lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss = 0.0
+        for row in ROWS:
+            ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+            labels = ids.clone()
+            labels[:, : len(tokenizer(row["prompt"])["input_ids"])] = -100
+            loss = loss + model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses) < 0.5 * losses[0]
+
+
+def test_priors_guide_the_trainer(tmp_path, tokenizer):
+    model = star()
+    prepare(model, tokenizer, ROWS)
+    optimizer = PriorGuidedSGD((p for p in model.parameters() if p.requires_grad), lr=0.02)
+    ids = tokenizer(ROWS[0]["prompt"] + ROWS[0]["completion"])["input_ids"]
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 8)
+    arguments = TrainingArguments(str(tmp_path), max_steps=8, report_to=[], save_strategy="no", logging_steps=1)
+    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_datasets_and_chat_messages(tokenizer):
+    report = repair(star(), tokenizer, Dataset.from_list(ROWS), RepairArguments(**QUIET))
+    assert report.success
+    chat = word_tokenizer()
+    chat.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"].strip()}],
+        }
+        for row in ROWS
+    ]
+    report = repair(star(), chat, rows, RepairArguments(**QUIET))
+    assert report.success and report.rows[0].completion.split() == ["w20", "w21"]
+
+
+@pytest.mark.parametrize("algorithm", ["protected", "prior-guided"])
+@pytest.mark.parametrize("mode", ["multiple", "single"])
+def test_routed_experts_are_located_patched_and_saved(tmp_path, mode, algorithm, tokenizer):
+    import transformers
+
+    def mixture():
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            model.model.norm.weight.fill_(50)
+        return model
+
+    config = StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0, target_modules=["experts"])
+    model = get_peft_model(mixture(), config)
+    report = repair(model, tokenizer, ROWS, RepairArguments(mode=mode, algorithm=algorithm, **QUIET))
+    assert report.success and report.failures
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mixture(), tmp_path)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_patterns_and_selections(tokenizer):
+    arguments = RepairArguments(**QUIET)
+    by_list = repair(star(layer_selection=[2, 0]), tokenizer, ROWS, arguments)
+    assert [layer.name for layer in by_list.layers] == ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    model_wise = repair(star(neuron_pattern="model-wise"), tokenizer, ROWS, arguments)
+    counts = [len(layer.neurons) for layer in model_wise.layers]
+    assert sum(counts) == 24 and model_wise.success
+    share = repair(star(num_neurons=0.1, layer_selection="all"), tokenizer, ROWS, arguments)
+    assert [len(layer.neurons) for layer in share.layers] == [4, 4, 4]
+
+
+def test_single_mode_unites_the_neurons_of_its_failures(tmp_path, tokenizer):
+    model = star(num_neurons=3)
+    report = repair(model, tokenizer, ROWS, RepairArguments(mode="single", **QUIET))
+    assert report.success and max(len(layer.neurons) for layer in report.layers) > 3
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(decided(), tmp_path)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_exact_occlusion_is_reported_with_its_agreement(tokenizer):
+    report = repair(
+        star(layer_selection="occlusion", num_layers=2), tokenizer, ROWS, RepairArguments(occlusion="exact", **QUIET)
+    )
+    assert set(report.occlusion) == {"first-order", "exact", "agreement"}
+    strongest = sorted(report.occlusion["exact"], key=lambda key: -abs(report.occlusion["exact"][key]))[:2]
+    assert sorted(f"{key}.mlp.down_proj" for key in strongest) == [layer.name for layer in report.layers]
+
+
+def test_when_the_steps_run_out_the_best_state_is_kept_and_said(tokenizer):
+    model = star()
+    report = repair(model, tokenizer, ROWS, RepairArguments(learning_rate=1e-6, max_steps=2, disable_tqdm=True))
+    assert not report.success and report.steps == 2 and report.num_solved < len(report.failures)
+
+
+def test_harm_to_retained_rows_is_seen(tokenizer):
+    """A violent step breaks what was right; the report has to say so."""
+    base = decided()
+    with torch.no_grad():
+        ids = tokenizer("w50 w51", return_tensors="pt")["input_ids"]
+        for _ in range(3):
+            ids = torch.cat([ids, base(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    retained = [{"prompt": "w50 w51", "completion": " " + tokenizer.decode(ids[0, 2:])}]
+    report = repair(
+        star(), tokenizer, ROWS, RepairArguments(learning_rate=20.0, max_steps=1, disable_tqdm=True), retain=retained
+    )
+    (row,) = [row for row in report.rows if row.source == "retain"]
+    assert row.exact_before and row.generation_exact_before and not row.exact_after
+    assert row.broken and not report.success
+    assert {token.source for token in report.broken} == {"retain"}
+    assert report.summary()["retained_rows_broken"] == 1
+
+
+def test_retained_rows_join_the_loss_when_they_break(tokenizer):
+    base = decided()
+    with torch.no_grad():
+        ids = tokenizer("w5 w9 w12", return_tensors="pt")["input_ids"]
+        for _ in range(4):
+            ids = torch.cat([ids, base(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    retained = [{"prompt": "w5 w9 w12", "completion": " " + tokenizer.decode(ids[0, 3:])}]
+    arguments = RepairArguments(**QUIET)
+    careless = repair(star(), tokenizer, ROWS, arguments)
+    careful = repair(star(), tokenizer, ROWS, arguments, retain=retained)
+    assert careful.success and careful.steps >= careless.steps
+    assert not [token for token in careful.broken if token.source == "retain"]
+
+
+def test_training_mode_and_trainability_come_back(tokenizer):
+    model = star()
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    repair(model, tokenizer, ROWS, RepairArguments(**QUIET))
+    assert model.training and not model.base_model.model.model.layers[0].training
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all("star_delta" in name for name in trainable)
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+def test_bf16_models(tokenizer):
+    model = get_peft_model(
+        decided(dtype=torch.bfloat16), StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0)
+    )
+    report = repair(model, tokenizer, ROWS, RepairArguments(**QUIET))
+    assert report.num_solved == len(report.failures) > 0
+
+
+class Recorder(RepairCallback):
+    def __init__(self, interrupt_at=None):
+        self.events, self.interrupt_at = [], interrupt_at
+
+    def on_repair_begin(self, args, state):
+        self.events.append("begin")
+
+    def on_phase_begin(self, args, state):
+        self.events.append(state.phase)
+
+    def on_step_end(self, args, state):
+        assert math.isfinite(state.loss) and state.num_solved <= state.num_failures
+        if state.step == self.interrupt_at:
+            raise KeyboardInterrupt
+
+    def on_repair_end(self, args, state):
+        self.events.append("end")
+
+
+def test_callbacks_hear_every_phase_in_order(tokenizer):
+    recorder = Recorder()
+    repair(star(), tokenizer, ROWS, RepairArguments(**QUIET), callbacks=[recorder])
+    # the trace's forward finds the failures, too
+    phases = ["trace", "verify", "locate", "solve", "patch", "verify"]
+    assert recorder.events == ["begin", *phases, "end"]
+
+
+def test_an_interrupt_keeps_what_was_finished(tokenizer):
+    model = star()
+    with pytest.raises(RepairInterrupted) as raised:
+        repair(
+            model,
+            tokenizer,
+            ROWS,
+            RepairArguments(**{**QUIET, "learning_rate": 0.003}),
+            callbacks=[Recorder(interrupt_at=2)],
+        )
+    report = raised.value.report
+    assert report.interrupted and not report.success and report.steps == 2
+    assert isinstance(raised.value, KeyboardInterrupt)
+    assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "star_delta" in name)
+
+
+def test_reports_survive_the_disk(tmp_path, tokenizer):
+    report = repair(star(), tokenizer, ROWS, RepairArguments(**QUIET), retain=RETAIN)
+    report.save(tmp_path / "report.json")
+    again = RepairReport.load(tmp_path / "report.json")
+    assert again.to_dict() == report.to_dict()
+    assert json.loads((tmp_path / "report.json").read_text())["summary"]["success"] is True
+    text = report.to_markdown()
+    assert f"{len(report.failures)} of {len(report.failures)} failing tokens solved" in text and "`w20`" in text
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="not a repair report"):
+        RepairReport.load(tmp_path / "other.json")
+
+
+def test_wrong_models_are_refused_in_one_sentence(tokenizer):
+    with pytest.raises(TypeError, match="without a STAR adapter"):
+        repair(MODELS["llama"].build(), tokenizer, ROWS)
+    with pytest.raises(TypeError, match="without a STAR adapter"):
+        repair(get_peft_model(MODELS["llama"].build(), LoraConfig(target_modules=["q_proj"])), tokenizer, ROWS)
+    with pytest.raises(TypeError, match="tokenizer"):
+        repair(star(), None, ROWS)
+    with pytest.raises(TypeError, match="lists"):
+        repair(star(), tokenizer, ROWS[0])
+    two = star()
+    two.add_adapter("other", StarConfig(num_neurons=4))
+    two.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="2 are active"):
+        repair(two, tokenizer, ROWS)
+    merged = star()
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        repair(merged, tokenizer, ROWS)
+    off = star()
+    off.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="enable_adapter_layers"):
+        repair(off, tokenizer, ROWS)
+
+
+def test_bad_settings_are_refused_before_anything_happens(tokenizer):
+    with pytest.raises(ValueError, match="at most 3"):
+        repair(star(num_layers=4), tokenizer, ROWS)
+    with pytest.raises(ValueError, match="names layer 9"):
+        repair(star(layer_selection=[9]), tokenizer, ROWS)
+    with pytest.raises(ValueError, match="64"):
+        long = {"prompt": "w5 " * 60, "completion": "w6 " * 10}
+        repair(star(), tokenizer, [long])
+    with pytest.raises(ValueError, match="No token of these rows fails"):
+        model = star()
+        repair(model, tokenizer, ROWS, RepairArguments(**QUIET))
+        prepare(model, tokenizer, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", float("nan")),
+        ("learning_rate", 0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("inf")),
+        ("learning_rate", "fast"),
+        ("algorithm", "sgd"),
+        ("algorithm", None),
+        ("generalization", -0.5),
+        ("generalization", float("nan")),
+        ("generalization", "more"),
+        ("background", -1),
+        ("background", 1.5),
+        ("background", True),
+        ("background", "text"),
+        ("damping", 0.0),
+        ("damping", 1.01),
+        ("growth", 0.99),
+        ("max_steps", 0),
+        ("max_steps", 1.5),
+        ("max_steps", True),
+        ("mode", "both"),
+        ("norm", "l1"),
+        ("margin", 1.0),
+        ("margin", -0.1),
+        ("ridge", -1e-3),
+        ("occlusion", "fast"),
+        ("max_batch_tokens", 0),
+    ],
+)
+def test_bad_arguments_are_named_in_one_sentence(field, value):
+    with pytest.raises((ValueError, TypeError), match=f"`{field}`") as raised:
+        RepairArguments(**{field: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_public_names():
+    for name in peft_star.__all__:
+        assert getattr(peft_star, name) is not None
