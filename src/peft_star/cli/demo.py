@@ -1,4 +1,4 @@
-"""The demo: a real small model is wrong, is repaired, and its patch is saved and loaded again."""
+"""The command `peft-star demo`: a real small model is wrong, is repaired, and its patch is saved and loaded again."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import typer
+from peft import get_peft_model
 from rich.markup import escape
 from rich.table import Table
 
+from .. import RepairArguments, StarConfig, repair
 from ..failures import read_rows
 from ..files import check_output
-from ..loading import demo_model_path, load_model, load_patch
+from ..loading import CONFIG_NAME, demo_model_path, load_model, load_patch
+from .app import EXIT_UNSOLVED, Json, Overwrite, PatchOutput, command, finish
 from .console import format_size, print_report, progress, quiet, status, stderr_console, visible
-from .saving import save_patch
+from .patches import save_patch
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 NEW_TOKENS = 24
+
+
+@command()
+def demo(
+    output: PatchOutput = Path("peft-star-demo"),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Repair a real small model, SmolLM2-135M-Instruct, and show every step. Takes about a minute on a CPU."""
+    result = run_demo(output, overwrite=overwrite, as_json=as_json)
+    finish(result, as_json)
+    if not result["success"]:
+        raise typer.Exit(EXIT_UNSOLVED)
 
 
 def demo_rows(name: str) -> list[dict[str, Any]]:
@@ -40,13 +57,9 @@ def run_demo(output: Path, *, overwrite: bool = False, as_json: bool = False) ->
         ValueError: `output` may not be written.
     """
     path = demo_model_path()
-    check_output(output, overwrite, "adapter_config.json")
+    check_output(output, overwrite, CONFIG_NAME)
     console = stderr_console()
     console.quiet = as_json
-
-    from peft import get_peft_model
-
-    from .. import RepairArguments, StarConfig, repair
 
     failures, retained = demo_rows("failures"), demo_rows("retain")
 

@@ -1,4 +1,4 @@
-"""The command `peft-star evaluate`, registered by `cli.py`."""
+"""The command `peft-star evaluate`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
-from typer.core import TyperCommand
 
-from ..loading import REPORT_NAME, find_patch, load_patch, read_patch_config
+from ..evaluation import Comparison, Evaluation, Harm, TextProbe, compare, write_json
+from ..evaluation import evaluate as run_evaluation
+from ..failures import read_rows
+from ..loading import REPORT_NAME, load_patch
+from ..report import RepairReport
 from .app import (
     EXIT_INTERRUPTED,
     DeviceMap,
@@ -23,17 +27,14 @@ from .app import (
     PatchRevision,
     Revision,
     Token,
-    _check_patches,
-    _command,
-    _fail,
-    _finish,
-    _load,
-    app,
+    command,
+    fail,
+    finish,
+    load_base,
 )
 from .console import quiet, status, stderr_console
-
-if TYPE_CHECKING:
-    from ..evaluation import Comparison, Evaluation, Harm
+from .patches import FoundPatch, check_patches, find_patches
+from .spread import SpreadCommand
 
 METRICS = {
     "rows exactly right": "exact",
@@ -43,41 +44,7 @@ METRICS = {
 }
 
 
-class _Command(TyperCommand):
-    """Lets `--json` name a file, and `--adapter` and `--text` several things at once.
-
-    click has no options with an optional value, or with several. MODEL and DATA are the only other words on the line,
-    so words beyond those two belong to the option that they follow.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, self._spread(list(args)))
-
-    def _spread(self, args: list[str]) -> list[str]:
-        valued = {name for item in self.params if not getattr(item, "is_flag", False) for name in item.opts}
-        words: list[tuple[int, str | None]] = []  # what is no option and not its value, and the option before it
-        option, index = None, 0
-        while index < len(args) and args[index] != "--":
-            word = args[index]
-            if word.startswith("-") and word != "-":
-                option, attached, _ = word.partition("=")
-                index += option in valued and not attached
-            else:
-                words.append((index, option))
-                option = None if option == "--json" else option  # it takes one
-            index += 1
-        total = len(words) + len(args[index + 1 :])
-        owned = [(index, option) for index, option in words if option in ("--json", "--adapter", "--text")]
-        for index, option in reversed(owned[: max(0, total - 2)]):
-            if option == "--json":
-                args[index - 1 : index + 1] = ["--json"] if args[index] == "-" else ["--output", args[index]]
-            else:
-                args.insert(index, option)
-        return args
-
-
-@app.command(cls=_Command)
-@_command
+@command(cls=SpreadCommand)
 def evaluate(
     model: Model,
     data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help='One {"prompt": ..., "completion": ...} a line.')],
@@ -110,23 +77,17 @@ def evaluate(
 
     `--json` prints one JSON document on standard output; `--json OUT.json` writes it to a file instead, as `-o` does.
     """
-    from ..failures import read_rows
-
-    patches, texts = adapter or [], text or []
+    texts = text or []
     rows = read_rows(data)
-    if texts and not patches:
+    if texts and not adapter:
         raise ValueError("--text measures the harm that patches do; give --adapter, too.")
     contents = [_read_text(path) for path in texts]
     if output is not None:
         _check_output_file(output, (data, *texts, model))
-    directories = [find_patch(patch, revision=patch_revision, token=token) for patch in patches]
-    configs = [read_patch_config(directory) for directory in directories]
+    patches = find_patches(adapter or [], revision=patch_revision, token=token)
 
-    from ..evaluation import TextProbe, compare
-    from ..evaluation import evaluate as run_evaluation
-
-    base, tokenizer = _load(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
-    _check_patches(base, patches, directories, configs, allow_other_base, "evaluates")
+    base, tokenizer = load_base(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
+    check_patches(base, patches, allow_other_base, "evaluates")
 
     def run(name: str, network: Any) -> Evaluation:
         with _bar(name, len(rows) * (1 if no_generation else 2), as_json) as advance, quiet():
@@ -135,7 +96,7 @@ def evaluate(
     result: dict[str, Any] = {
         "model": model,
         "data": str(data),
-        "adapters": [_costs(patch, directory) for patch, directory in zip(patches, directories)],
+        "adapters": [_costs(patch) for patch in patches],
         "base": None,
         "patched": None,
         "comparison": None,
@@ -148,7 +109,7 @@ def evaluate(
         result["base"] = before.to_dict()
         if patches:
             probes = [TextProbe(base, tokenizer, content, text_tokens) for content in contents]
-            patched = _put_on(base, directories, as_json)
+            patched = _put_on(base, patches, as_json)
             after = run("patched", patched)
             comparison = compare(before, after)
             result |= {"patched": after.to_dict(), "comparison": comparison.to_dict()}
@@ -161,14 +122,12 @@ def evaluate(
     if not as_json:
         _print(before, after, comparison, list(zip(texts, harms or [])))
     if output is not None:
-        from ..evaluation import write_json
-
         write_json(output.expanduser(), result)
         if not as_json:
             stderr_console().print(f"Written to {escape(str(output))}.", soft_wrap=True)
-    _finish(result, as_json)
+    finish(result, as_json)
     if result["interrupted"]:
-        _fail(
+        fail(
             "Interrupted; " + ("the base model alone was evaluated." if after is None else "no harm was measured."),
             EXIT_INTERRUPTED,
         )
@@ -202,27 +161,26 @@ def _check_output_file(path: Path, inputs: tuple[str | Path, ...]) -> None:
             raise ValueError(f"{path} is no earlier evaluation, so it is not replaced; choose another file.")
 
 
-def _put_on(base: Any, directories: list[Path], as_json: bool) -> Any:
+def _put_on(base: Any, patches: list[FoundPatch], as_json: bool) -> Any:
     """The model with all patches on it, stacked."""
-    names = [f"patch{number}" for number in range(len(directories))]
+    names = [f"patch{number}" for number in range(len(patches))]
     with status("Loading the patches", as_json), quiet():
         patched = base
-        for name, directory in zip(names, directories):
-            patched = load_patch(patched, directory, name)
+        for name, patch in zip(names, patches):
+            patched = load_patch(patched, patch.directory, name)
         patched.base_model.set_adapter(names, inference_mode=True)
     return patched
 
 
-def _costs(patch: str, directory: Path) -> dict[str, Any]:
+def _costs(patch: FoundPatch) -> dict[str, Any]:
     """What the patch's repair reported: its failures, and seconds for each."""
-    if not (directory / REPORT_NAME).is_file():
-        return {"patch": patch, "failures": None, "solved": None, "seconds": None, "seconds_per_failure": None}
-    from ..report import RepairReport
-
-    report = RepairReport.load(directory / REPORT_NAME)
+    path = patch.directory / REPORT_NAME
+    if not path.is_file():
+        return {"patch": patch.name, "failures": None, "solved": None, "seconds": None, "seconds_per_failure": None}
+    report = RepairReport.load(path)
     seconds, count = sum(report.seconds.values()), len(report.failures)
     return {
-        "patch": patch,
+        "patch": patch.name,
         "failures": count,
         "solved": report.num_solved,
         "seconds": seconds,
@@ -239,8 +197,6 @@ def _bar(name: str, total: int, as_json: bool) -> Iterator[Callable[[int], None]
             console.print(f"Evaluating: {name}")
         yield lambda count: None
         return
-    from rich.progress import Progress
-
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"Evaluating: {name}", total=total)
         yield lambda count: progress.advance(task, count)

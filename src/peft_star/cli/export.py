@@ -1,4 +1,4 @@
-"""The command `peft-star export`, registered by `cli.py`."""
+"""The command `peft-star export`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from peft import PeftConfig
 from rich.markup import escape
 
 from ..files import bytes_of, check_output
 from ..loading import CONFIG_NAME, find_patch, read_patch_config
-from .app import Json, Overwrite, Token, _command, _finish, app
+from ..sharing.lora import export_lora
+from .app import Json, Overwrite, Patch, Token, command, finish
 from .console import format_size, quiet, status, stderr_console
 
 FORMS = ("lora",)
 
 
-@app.command()
-@_command
+@command()
 def export(
-    patch: Annotated[str, typer.Argument(metavar="PATCH", help="A patch's directory, or its Hub id.")],
+    patch: Patch,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the adapter.")],
     to: Annotated[str, typer.Option("--to", help="The form: lora, exact and of one rank.")] = "lora",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
@@ -35,15 +36,11 @@ def export(
     check_output(output, overwrite, CONFIG_NAME, inputs=(directory,))
 
     with status("Exporting", as_json), quiet():
-        from ..sharing.lora import export_lora
-
         export_lora(directory, output, overwrite=overwrite)
-        from peft import PeftConfig
-
         config = PeftConfig.from_pretrained(output.expanduser())
     size = bytes_of(output)
     if not as_json:
         stderr_console().print(
             f"Exported a LoRA of rank {config.r}: {escape(str(output))} ({format_size(size)}).", soft_wrap=True
         )
-    _finish({"patch": patch, "to": to, "output": str(output), "rank": config.r, "bytes": size}, as_json)
+    finish({"patch": patch, "to": to, "output": str(output), "rank": config.r, "bytes": size}, as_json)

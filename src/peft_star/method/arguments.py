@@ -73,22 +73,86 @@ class RepairArguments:
         ValueError, TypeError: One sentence that names the argument and says what to give instead.
     """
 
-    learning_rate: float = field(default=1e-2, metadata={"help": "Step factor of Algorithm 1."})
-    damping: float = field(default=0.5, metadata={"help": "Step size factor where a gradient's sign turns."})
-    growth: float = field(default=1.2, metadata={"help": "Step size factor where a gradient's sign stays."})
-    algorithm: str = field(default="protected", metadata={"help": "'protected' or 'prior-guided' (the paper's)."})
-    generalization: float = field(default=0.0, metadata={"help": "Weight of contexts that make the token plausible."})
-    background: int = field(default=2048, metadata={"help": "Tokens of background text that are protected; 0: none."})
-    max_steps: int = field(default=10, metadata={"help": "At most this many steps per set of failures."})
-    mode: str = field(default="multiple", metadata={"help": "'multiple' or 'single'."})
-    norm: str = field(default="std", metadata={"help": "Norm of the semantic delta (equation 1)."})
-    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares (equation 2)."})
-    margin: float = field(default=0.01, metadata={"help": "Probability margin at which a token counts as solved."})
-    occlusion: str = field(default="first-order", metadata={"help": "'first-order' or 'exact'."})
-    max_rounds: int = field(default=3, metadata={"help": "Rounds over the failures in 'single' mode."})
-    max_batch_tokens: int = field(default=2048, metadata={"help": "Tokens of one forward-backward."})
-    verify_generation: bool = field(default=True, metadata={"help": "Compare greedy generation before and after."})
-    allow_other_base: bool = field(default=False, metadata={"help": "Build upon a patch of other base weights."})
+    # of these fields, `peft-star repair` makes its options: the help is the option's
+    learning_rate: float = field(
+        default=1e-2,
+        metadata={
+            "help": (
+                "Learning rate: each step moves a parameter by this times the prior's magnitude. With protected, the "
+                "strength of a push is searched up to 100 times this."
+            )
+        },
+    )
+    damping: float = field(
+        default=0.5,
+        metadata={"help": "With prior-guided: factor of an entry's step size when its gradient's sign turns."},
+    )
+    growth: float = field(
+        default=1.2,
+        metadata={"help": "With prior-guided: factor of an entry's step size when its gradient's sign stays."},
+    )
+    algorithm: str = field(
+        default="protected",
+        metadata={
+            "help": (
+                "protected: push each failure as strongly as it needs and protect background text; prior-guided: the "
+                "paper's Algorithm 1."
+            )
+        },
+    )
+    generalization: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "With protected: above 0 (5, say), prompts in which the expected tokens are plausible move further, "
+                "and so does other text."
+            )
+        },
+    )
+    background: int = field(
+        default=2048, metadata={"help": "With protected: tokens of background text that are protected; 0: none."}
+    )
+    max_steps: int = field(default=10, metadata={"help": "At most this many steps for one set of failures."})
+    mode: str = field(
+        default="multiple",
+        metadata={"help": "multiple: one prior for all failures; single: one after the other, each with its own."},
+    )
+    norm: str = field(
+        default="std", metadata={"help": "Norm of the semantic delta (equation 1): std, rms, max or l2."}
+    )
+    ridge: float = field(
+        default=1e-4,
+        metadata={"help": "Ridge of the least squares (equation 2), relative to the mean of the system's diagonal."},
+    )
+    margin: float = field(default=0.01, metadata={"help": "Lead in probability at which a token counts as solved."})
+    occlusion: str = field(
+        default="first-order",
+        metadata={
+            "help": (
+                "How a layer's importance is measured: first-order reads it off the trace; exact runs one forward "
+                "pass per layer."
+            )
+        },
+    )
+    max_rounds: int = field(
+        default=3,
+        metadata={"help": "With mode single: how often failures that a later patch undid are taken up again."},
+    )
+    max_batch_tokens: int = field(
+        default=2048, metadata={"help": "Tokens (padding included) of one forward-backward."}
+    )
+    verify_generation: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "Whether to also generate greedily before and after, and compare with the completions, or to check "
+                "tokens only."
+            )
+        },
+    )
+    allow_other_base: bool = field(
+        default=False, metadata={"help": "Build upon a patch although it was solved for other base weights."}
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
     def __post_init__(self) -> None:

@@ -1,0 +1,65 @@
+"""The command `peft-star inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..files import bytes_of
+from ..loading import REPORT_NAME, find_patch, read_patch_config, read_patch_modules
+from ..report import RepairReport
+from .app import Json, Patch, Token, command, finish
+from .console import format_size, print_report, stderr_console
+
+
+@command()
+def inspect(
+    patch: Patch,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Show what PATCH touches and what its repair reported. Needs no base model."""
+    directory = find_patch(patch, revision=revision, token=token)
+    config = read_patch_config(directory)
+    modules, others = read_patch_modules(directory)
+    report = RepairReport.load(directory / REPORT_NAME) if (directory / REPORT_NAME).is_file() else None
+    size = bytes_of(directory)
+    result = {
+        "patch": patch,
+        "base_model": config.get("base_model_name_or_path"),
+        "task_type": config.get("task_type"),
+        "neurons": sum(len(module["neurons"]) for module in modules),
+        "parameters": sum(len(module["neurons"]) * module["outputs"] for module in modules),
+        "bytes": size,
+        "modules": modules,
+        "modules_to_save": others,
+        "config": config,
+        "report": report.to_dict() if report else None,
+    }
+    if not as_json:
+        console = stderr_console()
+        console.print(f"[bold]{escape(patch)}[/], a STAR patch of {format_size(size)}", soft_wrap=True)
+        console.print(f"Base model: {escape(str(result['base_model']))}", soft_wrap=True)
+        console.print(
+            f"{len(modules)} layers, {result['neurons']} neurons, {result['parameters']} parameters"
+            + (f"; also saved: {escape(', '.join(others))}" if others else "")
+        )
+        table = Table("module", "neurons", "outputs", "norm", "largest", box=None, pad_edge=False)
+        for module in modules:
+            table.add_row(
+                escape(module["name"]),
+                str(len(module["neurons"])),
+                str(module["outputs"]),
+                f"{module['norm']:.4g}",
+                f"{module['max']:.4g}",
+            )
+        console.print(table)
+        if report:
+            print_report(report, console, layers=False)
+        else:
+            console.print("No repair report.")
+    finish(result, as_json)
