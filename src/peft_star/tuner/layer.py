@@ -38,6 +38,28 @@ def resolve_num_neurons(num_neurons: int | float, in_features: int, name: str = 
     return num_neurons
 
 
+def count_of(amount: int | float, total: int, what: str) -> int:
+    """Turn a count (int) or a share (float in (0, 1]) of `total` into a count.
+
+    Raises:
+        ValueError: More than there are.
+    """
+    if isinstance(amount, int):
+        if amount > total:
+            raise ValueError(f"{amount} {what} were asked for, but there are {total}; ask for at most {total}.")
+        return amount
+    return max(1, round(amount * total))
+
+
+def star_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, StarLayer]:
+    """The STAR layers of a model by name, in order of depth; with `adapter_name` those that carry this adapter."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StarLayer) and (adapter_name is None or adapter_name in module.star_delta)
+    }
+
+
 def spread_neurons(num_neurons: int, in_features: int) -> torch.Tensor:
     """Return `num_neurons` indices (k,) spread evenly over `range(in_features)`: the selection before any repair.
 

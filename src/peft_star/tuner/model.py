@@ -273,7 +273,36 @@ class StarModel(BaseTuner):
             if isinstance(module, StarLayer) and (adapter_name is None or adapter_name in module.star_delta)
         }
 
-    def retarget(self, adapter_name: str, neurons: dict[str, torch.Tensor]) -> None:
+    def retarget(self, adapter_name: str, neurons: dict[str, torch.Tensor], keep_deltas: bool = False) -> None:
+        if keep_deltas:
+            return self._retarget_keeping(adapter_name, neurons)
+        return self._retarget(adapter_name, neurons)
+
+    def _retarget_keeping(self, adapter, located):
+        union, kept = {}, {}
+        names = [n for n, _ in self.model.named_modules()]
+        layers = self._star_layers(adapter)
+        for name in names:
+            if name not in layers and name not in located:
+                continue
+            neurons = located[name].cpu().long() if name in located else torch.empty(0, dtype=torch.long)
+            if name in layers:
+                module = layers[name]
+                delta = module.star_delta[adapter].detach()
+                used = delta.abs().amax(dim=1) > 0
+                if used.any():
+                    kept[name] = module.star_neurons[adapter][used].cpu().long(), delta[used].clone()
+                    neurons = torch.cat([neurons, kept[name][0]]).unique()
+            if neurons.numel():
+                union[name] = neurons
+        self._retarget(adapter, union)
+        with torch.no_grad():
+            for name, (neurons, delta) in kept.items():
+                layer = self.model.get_submodule(name)
+                rows = torch.searchsorted(union[name], neurons).to(delta.device)
+                layer.star_delta[adapter][rows] = delta
+
+    def _retarget(self, adapter_name: str, neurons: dict[str, torch.Tensor]) -> None:
         """Make exactly the named modules carry the adapter, with the given neurons and deltas of zero.
 
         The adapter is taken off all other modules; a module that is left without adapters gets its base layer back.
