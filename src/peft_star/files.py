@@ -1,14 +1,15 @@
-"""Output directories of commands: refused early, written completely or not at all."""
+"""What is written: refused early, written completely or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .loading import CONFIG_NAME
 from .sharing.card import LORA_DIR
@@ -90,3 +91,11 @@ def _apply_umask(directory: Path) -> None:
 
 def bytes_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.expanduser().rglob("*") if path.is_file())
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write JSON to a temporary file that then takes the place of `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -229,8 +229,8 @@ class RepairReport:
             for item in self.failures[:max_rows]:
                 mark = "" if item.solved else " ✗"
                 lines.append(
-                    f"| {item.row} | {_code(item.context)} | {_code(item.expected)} | {_code(item.before)} | "
-                    f"{_code(item.after)}{mark} | {item.gap_before:+.3f} → {item.gap_after:+.3f} |"
+                    f"| {item.row} | {code(item.context)} | {code(item.expected)} | {code(item.before)} | "
+                    f"{code(item.after)}{mark} | {item.gap_before:+.3f} → {item.gap_after:+.3f} |"
                 )
             if len(self.failures) > max_rows:
                 lines.append(f"| … | {len(self.failures) - max_rows} more | | | | |")
@@ -238,8 +238,8 @@ class RepairReport:
         if self.broken:
             lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
             lines += [
-                f"| {token.source} | {token.row} | {_code(token.context)} | {_code(token.expected)} "
-                f"| {_code(token.after)} |"
+                f"| {token.source} | {token.row} | {code(token.context)} | {code(token.expected)} "
+                f"| {code(token.after)} |"
                 for token in self.broken[:max_rows]
             ]
             lines.append("")
@@ -292,7 +292,8 @@ class RepairReport:
         plt.close(figure)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Text as code in a cell of a Markdown table."""
     text = text.replace("\\", "\\\\").replace("\n", "\\n").replace("|", "\\|").replace("`", "ˋ")
     return f"`{text}`" if text else "(none)"
 
