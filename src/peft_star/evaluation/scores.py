@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..engine import passes
 from ..engine.batch import make_batches
+from ..engine.engine import Engine
 from ..failures import Row
 from ..files import write_json
 from ..models.inputs import evaluating, input_device
@@ -232,12 +233,14 @@ def evaluate(
     seconds, generated = {}, None
     with evaluating(model), _reporting(progress, len(items) * (2 if generate else 1)) as advance:
         start = time.perf_counter()
+        engine = Engine(model, max_batch_tokens)
+        # rows of their own, unpacked, so that figures do not depend on which rows stand beside them
         batches = make_batches(items, max_batch_tokens, input_device(model))
-        predictions = passes.teacher_forced(model, batches, advance)
+        predictions = passes.teacher_forced(engine, batches, advance)
         seconds["teacher_forced"] = time.perf_counter() - start
         if generate:
             start = time.perf_counter()
-            generated = passes.generate(model, tokenizer, items, max_batch_tokens, advance)
+            generated = passes.generate(engine, tokenizer, items, advance)
             seconds["generated"] = time.perf_counter() - start
     lengths = [len(row.completion_ids) for row in items]
     argmax = [tuple(part.tolist()) for part in predictions.argmax.split(lengths)]
