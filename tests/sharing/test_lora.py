@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_star import StarConfig, export_lora
+from peft_star.tuner.layer import star_layers
 from support.tiny_models import MODELS, tiny_gpt2, tiny_llama, tokens
 
 # what a user has who never heard of peft_star
@@ -56,11 +57,11 @@ def patched(base: nn.Module, seed: int = 0, mixed: bool = False, **settings) -> 
     """A model with random deltas on random neurons; with `mixed` not as many in each module."""
     torch.manual_seed(seed)
     model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", **{"num_neurons": 5, **settings})).eval()
-    layers = model.base_model._star_layers("default")
+    layers = star_layers(model.get_base_model(), "default")
     counts = {name: 5 - number % 3 if mixed else 5 for number, name in enumerate(layers)}
     neurons = {name: torch.randperm(layer.in_features)[: counts[name]] for name, layer in layers.items()}
     model.base_model.retarget("default", neurons)
-    for name, layer in model.base_model._star_layers("default").items():
+    for name, layer in star_layers(model.get_base_model(), "default").items():
         layer.set_neurons("default", neurons[name], torch.randn(counts[name], layer.out_features))
     return model
 
@@ -204,7 +205,7 @@ def test_update_is_the_delta_exactly(tmp_path):
     model = patched(tiny_llama(), mixed=True)
     export_lora(model, tmp_path / "lora")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    for name, layer in model.base_model._star_layers("default").items():
+    for name, layer in star_layers(model.get_base_model(), "default").items():
         up, down = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in ("B", "A"))
         assert torch.equal(up @ down, layer.get_delta_weight("default"))
 
@@ -332,7 +333,7 @@ def test_output_must_be_empty(tmp_path):
     with pytest.raises(ValueError, match="is not empty; pass overwrite=True"):
         export_lora(model, out)
     with torch.no_grad():
-        for layer in model.base_model._star_layers().values():
+        for layer in star_layers(model.get_base_model()).values():
             layer.star_delta["default"].zero_()
     export_lora(model, out, overwrite=True)
     tensors = load_file(out / "adapter_model.safetensors")
@@ -393,7 +394,7 @@ def test_models_that_cannot_be_exported(tmp_path):
         export_lora(model, tmp_path / "out")
     model.unmerge_adapter()
     with torch.no_grad():
-        model.base_model._star_layers()["transformer.h.0.mlp.c_proj"].star_delta["default"][0, 0] = torch.inf
+        star_layers(model.get_base_model())["transformer.h.0.mlp.c_proj"].star_delta["default"][0, 0] = torch.inf
     with pytest.raises(ValueError, match="transformer.h.0.mlp.c_proj holds NaN or infinite"):
         export_lora(model, tmp_path / "out")
     empty = get_peft_model(tiny_llama(), StarConfig(num_neurons=2), low_cpu_mem_usage=True)
@@ -434,7 +435,7 @@ def test_real_model(smollm2_dir, tmp_path, record_property):
     torch.manual_seed(0)
     model = patched(base, num_neurons=64)
     with torch.no_grad():
-        for layer in model.base_model._star_layers().values():
+        for layer in star_layers(model.get_base_model()).values():
             layer.star_delta["default"].mul_(0.1)
     ids = torch.randint(1000, 40000, (2, 48))
     torch.save(ids, tmp_path / "ids.pt")

@@ -7,7 +7,6 @@ beyond the paper: it measures harm on text that has nothing to do with a repair.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +24,9 @@ from ..engine import passes as verify
 from ..engine.batch import completion_offsets, make_batches
 from ..engine.passes import completion_logits
 from ..failures import Row, encode_rows
+from ..files import write_json
 from ..models.inputs import input_device
-from ..report import _code
+from ..report import code
 
 # rows of the vocabulary's width that are held in float32 beside the logits
 _CHUNK = 64
@@ -162,7 +161,7 @@ class Evaluation:
             for row in wrong[:max_rows]:
                 scores = row.generated or row.teacher_forced
                 lines.append(
-                    f"| {row.row} | {_code(row.completion)} | {_code(scores.text)} | {scores.edit_similarity:.3f} |"
+                    f"| {row.row} | {code(row.completion)} | {code(scores.text)} | {scores.edit_similarity:.3f} |"
                 )
             if len(wrong) > max_rows:
                 lines.append(f"| … | {len(wrong) - max_rows} more | | |")
@@ -783,11 +782,3 @@ def _reporting(progress: bool | Callable[[int], None], total: int) -> Iterator[C
     else:
         with tqdm(total=total, desc="evaluate", leave=False, disable=not progress) as bar:
             yield bar.update
-
-
-def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write JSON to a temporary file that then takes the place of `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -172,7 +172,7 @@ class _Session:
         within = candidate_layers(within, self.config.layer_selection, self.config.num_layers)
         self.decoder_layers = {name: layers[name] for name in within}
         self.candidates = [name for name, layer in self.decoder_of.items() if layer in self.decoder_layers]
-        check_base(self.base, self.config, allow_mismatch=args.allow_other_base)
+        check_base(self.base, self.config.to_dict(), allow_mismatch=args.allow_other_base)
         self.occlusion: dict[str, Any] = {}
         self.steps = 0
 
