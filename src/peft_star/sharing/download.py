@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .patch_files import CARD_NAME, CONFIG_NAME, REPORT_NAME
+from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, REPORT_NAME
 
 # By these words in their names are errors of the network known: httpx, httpx2 and requests share no kind.
 _UNREACHABLE = ("connect", "timeout", "network")
@@ -65,7 +65,7 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
         raise ValueError(f"{patch} is a file; a patch is a directory that holds {CONFIG_NAME}.")
     if looks_like_path(str(patch)):
         raise FileNotFoundError(f"There is no patch at {patch}: no such directory.")
-    wanted = [CONFIG_NAME, "adapter_model.*", REPORT_NAME, CARD_NAME]
+    wanted = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, CARD_NAME]
     with in_one_sentence(str(patch), "patch"):
         return Path(snapshot_download(str(patch), revision=revision, token=token, allow_patterns=wanted))
 

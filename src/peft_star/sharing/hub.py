@@ -25,6 +25,7 @@ from .card import clean_card, hub_id, write_card
 from .download import in_one_sentence
 from .lora import patch_to_lora
 from .patch_files import (
+    ANY_WEIGHTS,
     CARD_NAME,
     CONFIG_NAME,
     LORA_DIR,
@@ -101,7 +102,7 @@ def push(
                 folder_path=staging,
                 commit_message=commit_message,
                 revision=revision,
-                delete_patterns=["adapter_model.*", REPORT_NAME, PLOT_NAME, f"{LORA_DIR}/*"],
+                delete_patterns=[ANY_WEIGHTS, REPORT_NAME, PLOT_NAME, f"{LORA_DIR}/*"],
             )
     return f"{url}/tree/{revision}" if revision else str(url)
 
