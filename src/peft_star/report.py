@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .files import write_json
+
 CONTEXT_CHARACTERS = 40
 
 
@@ -185,10 +187,7 @@ class RepairReport:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON; the file at `path` is replaced only when the new one is complete."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RepairReport:

@@ -24,6 +24,7 @@ from rich.table import Table
 from ..files import bytes_of, check_output, new_directory
 from ..loading import REPORT_NAME, check_fit, find_patch, load_model, load_patch, read_patch_config, read_patch_modules
 from ..method.arguments import RepairArguments
+from ..sharing.patch_files import check_patch_output
 from .console import format_size, is_main, print_report, progress, quiet, status, stderr_console
 from .saving import save_patch
 
@@ -164,7 +165,7 @@ def repair(
     from ..sharing.hub import check_repo_id, check_token
 
     selection = {**_parse_layers(layers), "num_neurons": _parse_amount("--neurons", neurons)}
-    check_output(output, overwrite, "adapter_config.json", inputs=(failures, retain, model))
+    check_patch_output(output, overwrite, inputs=(failures, retain, model))
     rows = read_rows(failures)
     retained = read_rows(retain) if retain else None
     if push_to_hub:

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..failures import read_rows
-from ..files import check_output
 from ..loading import demo_model_path, load_model, load_patch
+from ..sharing.patch_files import check_patch_output
 from .console import format_size, print_report, progress, quiet, status, stderr_console, visible
 from .saving import save_patch
 
@@ -40,7 +40,7 @@ def run_demo(output: Path, *, overwrite: bool = False, as_json: bool = False) ->
         ValueError: `output` may not be written.
     """
     path = demo_model_path()
-    check_output(output, overwrite, "adapter_config.json")
+    check_patch_output(output, overwrite)
     console = stderr_console()
     console.quiet = as_json
 

@@ -92,7 +92,7 @@ class Subject:
             count_of(config.num_neurons, layer.in_features, f"neurons of {name}")
         within = [name for name in layers if name in set(decoder_of.values())]
         within = candidate_layers(within, config.layer_selection, config.num_layers)
-        check_base(base, config, allow_mismatch=args.allow_other_base)
+        check_base(base, config.to_dict(), allow_mismatch=args.allow_other_base)
         # retargeting overwrites the config's `num_neurons`
         return cls(model, tokenizer, adapter, config.num_neurons, decoder_of, {name: layers[name] for name in within})
 
