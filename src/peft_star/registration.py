@@ -39,8 +39,7 @@ def _register_method() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType, register_peft_method
 
-    from .tuner.config import StarConfig
-    from .tuner.model import StarModel
+    from .tuner import StarConfig, StarModel
 
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.STAR)
     if registered is None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .files import write_json
+
 CONTEXT_CHARACTERS = 40
 
 
@@ -185,10 +187,7 @@ class RepairReport:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON; the file at `path` is replaced only when the new one is complete."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RepairReport:
@@ -229,8 +228,8 @@ class RepairReport:
             for item in self.failures[:max_rows]:
                 mark = "" if item.solved else " ✗"
                 lines.append(
-                    f"| {item.row} | {_code(item.context)} | {_code(item.expected)} | {_code(item.before)} | "
-                    f"{_code(item.after)}{mark} | {item.gap_before:+.3f} → {item.gap_after:+.3f} |"
+                    f"| {item.row} | {code(item.context)} | {code(item.expected)} | {code(item.before)} | "
+                    f"{code(item.after)}{mark} | {item.gap_before:+.3f} → {item.gap_after:+.3f} |"
                 )
             if len(self.failures) > max_rows:
                 lines.append(f"| … | {len(self.failures) - max_rows} more | | | | |")
@@ -238,8 +237,8 @@ class RepairReport:
         if self.broken:
             lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
             lines += [
-                f"| {token.source} | {token.row} | {_code(token.context)} | {_code(token.expected)} "
-                f"| {_code(token.after)} |"
+                f"| {token.source} | {token.row} | {code(token.context)} | {code(token.expected)} "
+                f"| {code(token.after)} |"
                 for token in self.broken[:max_rows]
             ]
             lines.append("")
@@ -292,7 +291,8 @@ class RepairReport:
         plt.close(figure)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Text as code in a cell of a Markdown table."""
     text = text.replace("\\", "\\\\").replace("\n", "\\n").replace("|", "\\|").replace("`", "ˋ")
     return f"`{text}`" if text else "(none)"
 

@@ -251,17 +251,17 @@ def test_loading_on_another_base_warns_and_works(patch):
 def test_loading_where_nothing_can_be_told_is_silent(patch):
     model = tiny_llama(seed=1)
     model.hf_quantizer = object()
-    warn_of_other_base(model, StarConfig.from_pretrained(patch))
-    warn_of_other_base(tiny_llama(seed=1), StarConfig())
+    warn_of_other_base(model, StarConfig.from_pretrained(patch).to_dict())
+    warn_of_other_base(tiny_llama(seed=1), StarConfig().to_dict())
     model = tiny_llama(seed=1)
     model.get_output_embeddings = lambda: 1 / 0
-    warn_of_other_base(model, StarConfig.from_pretrained(patch))
+    warn_of_other_base(model, StarConfig.from_pretrained(patch).to_dict())
 
 
 def test_check_base(patch):
     config = StarConfig.from_pretrained(patch)
     as_dict = json.loads((patch / "adapter_config.json").read_text())
-    for form in (config, as_dict):
+    for form in (config.to_dict(), as_dict):
         check_base(tiny_llama(), form)
         with pytest.raises(ValueError, match="solved for other weights, those of someone/some-model,"):
             check_base(tiny_llama(seed=1), form)
@@ -271,7 +271,7 @@ def test_check_base(patch):
         quantized.hf_quantizer = object()
         with pytest.warns(UserWarning, match="cannot be told"):
             check_base(quantized, form)
-    check_base(tiny_llama(seed=1), StarConfig())
+    check_base(tiny_llama(seed=1), StarConfig().to_dict())
     check_base(tiny_llama(seed=1), {})
 
 

@@ -12,11 +12,10 @@ import torch
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 
-from peft_star import RepairReport, StarConfig
-from peft_star.files import check_output
+from peft_star import RepairReport, StarConfig, export_lora
 from peft_star.report import BrokenToken, FailureRecord, PatchedLayer, RowRecord
-from peft_star.sharing.card import CARD_NAME, hub_id, model_card, read_card, short_name, write_card
-from peft_star.sharing.lora import export_lora
+from peft_star.sharing.card import hub_id, model_card, read_card, short_name, write_card
+from peft_star.sharing.patch_files import CARD_NAME, check_patch_output
 from support.byte_llama import build_model
 
 
@@ -218,10 +217,10 @@ def test_what_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_patch_with_its_twin_can_be_overwritten(patch: Path) -> None:
     export_lora(patch, patch / "lora")
-    check_output(patch, True, "adapter_config.json")
+    check_patch_output(patch, True)
     (patch / "lora" / "notes").mkdir()
     with pytest.raises(ValueError, match="also holds the directory lora"):
-        check_output(patch, True, "adapter_config.json")
+        check_patch_output(patch, True)
 
 
 def test_types_are_shipped() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_star import StarConfig, export_lora
+from peft_star.tuner.layer import star_layers
 from support.tiny_models import MODELS, tiny_gpt2, tiny_llama, tokens
 
 # what a user has who never heard of peft_star
@@ -56,11 +57,11 @@ def patched(base: nn.Module, seed: int = 0, mixed: bool = False, **settings) -> 
     """A model with random deltas on random neurons; with `mixed` not as many in each module."""
     torch.manual_seed(seed)
     model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", **{"num_neurons": 5, **settings})).eval()
-    layers = model.base_model._star_layers("default")
+    layers = star_layers(model.get_base_model(), "default")
     counts = {name: 5 - number % 3 if mixed else 5 for number, name in enumerate(layers)}
     neurons = {name: torch.randperm(layer.in_features)[: counts[name]] for name, layer in layers.items()}
     model.base_model.retarget("default", neurons)
-    for name, layer in model.base_model._star_layers("default").items():
+    for name, layer in star_layers(model.get_base_model(), "default").items():
         layer.set_neurons("default", neurons[name], torch.randn(counts[name], layer.out_features))
     return model
 
@@ -204,7 +205,7 @@ def test_update_is_the_delta_exactly(tmp_path):
     model = patched(tiny_llama(), mixed=True)
     export_lora(model, tmp_path / "lora")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    for name, layer in model.base_model._star_layers("default").items():
+    for name, layer in star_layers(model.get_base_model(), "default").items():
         up, down = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in ("B", "A"))
         assert torch.equal(up @ down, layer.get_delta_weight("default"))
 
@@ -332,7 +333,7 @@ def test_output_must_be_empty(tmp_path):
     with pytest.raises(ValueError, match="is not empty; pass overwrite=True"):
         export_lora(model, out)
     with torch.no_grad():
-        for layer in model.base_model._star_layers().values():
+        for layer in star_layers(model.get_base_model()).values():
             layer.star_delta["default"].zero_()
     export_lora(model, out, overwrite=True)
     tensors = load_file(out / "adapter_model.safetensors")
@@ -393,7 +394,7 @@ def test_models_that_cannot_be_exported(tmp_path):
         export_lora(model, tmp_path / "out")
     model.unmerge_adapter()
     with torch.no_grad():
-        model.base_model._star_layers()["transformer.h.0.mlp.c_proj"].star_delta["default"][0, 0] = torch.inf
+        star_layers(model.get_base_model())["transformer.h.0.mlp.c_proj"].star_delta["default"][0, 0] = torch.inf
     with pytest.raises(ValueError, match="transformer.h.0.mlp.c_proj holds NaN or infinite"):
         export_lora(model, tmp_path / "out")
     empty = get_peft_model(tiny_llama(), StarConfig(num_neurons=2), low_cpu_mem_usage=True)
@@ -425,6 +426,54 @@ def test_damaged_patches(tmp_path):
         export_lora(tmp_path, tmp_path / "out")
 
 
+# the twin that `model.save_pretrained` writes beside a patch when it is asked for
+
+
+def saved(tmp_path, **config):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=8, init_weights=False, **config))
+    model.save_pretrained(tmp_path / "patch")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.save(model(input_ids=ids).logits, tmp_path / "logits.pt")
+    return tmp_path / "patch"
+
+
+def test_no_twin_unless_asked_for(tmp_path):
+    assert not (saved(tmp_path) / "lora").exists()
+
+
+def test_the_twin_loads_from_its_subfolder_without_this_package(tmp_path):
+    saved(tmp_path, lora_twin=True)
+    code = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+path = Path(sys.argv[1])
+base = AutoModelForCausalLM.from_pretrained(path / "base").eval()
+model = PeftModel.from_pretrained(base, path / "patch", subfolder="lora")
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(3, 20)[None]).logits
+torch.testing.assert_close(logits, torch.load(path / "logits.pt"), rtol=1e-5, atol=1e-5)
+assert "peft_star" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_saving_again_replaces_the_twin(tmp_path):
+    patch = saved(tmp_path, lora_twin=True)
+    first = (patch / "lora" / "adapter_model.safetensors").read_bytes()
+    torch.manual_seed(1)
+    model = get_peft_model(
+        tiny_llama(seed=1), StarConfig(task_type="CAUSAL_LM", num_neurons=4, init_weights=False, lora_twin=True)
+    )
+    model.save_pretrained(patch)
+    assert (patch / "lora" / "adapter_model.safetensors").read_bytes() != first
+
+
 # the real model
 
 
@@ -434,7 +483,7 @@ def test_real_model(smollm2_dir, tmp_path, record_property):
     torch.manual_seed(0)
     model = patched(base, num_neurons=64)
     with torch.no_grad():
-        for layer in model.base_model._star_layers().values():
+        for layer in star_layers(model.get_base_model()).values():
             layer.star_delta["default"].mul_(0.1)
     ids = torch.randint(1000, 40000, (2, 48))
     torch.save(ids, tmp_path / "ids.pt")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_star import StarConfig
-from peft_star.tuner.layer import Linear, StarLayer, resolve_num_neurons, spread_neurons
+from peft_star.tuner.layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, spread_neurons
 
 WIDTH, HEIGHT = 12, 7
 
@@ -406,13 +406,15 @@ def test_init_weights_false_is_random_but_seeded_and_nameless():
 
 
 @pytest.mark.parametrize("amount, expected", [(1, 1), (12, 12), (1.0, 12), (0.5, 6), (0.001, 1), (0.99, 12)])
-def test_resolve_num_neurons(amount, expected):
-    assert resolve_num_neurons(amount, WIDTH) == expected
+def test_count_of(amount, expected):
+    assert count_of(amount, WIDTH, "neurons") == expected
 
 
 def test_more_neurons_than_the_module_has():
     with pytest.raises(ValueError, match="13 neurons were requested for the module mlp.down, which has only 12"):
-        resolve_num_neurons(13, WIDTH, "mlp.down")
+        count_of(13, WIDTH, "mlp.down", TOO_MANY_NEURONS)
+    with pytest.raises(ValueError, match="13 layers were asked for, but there are 12; ask for at most 12"):
+        count_of(13, WIDTH, "layers")
     with pytest.raises(ValueError, match="has only 12"):
         make_layer(num_neurons=13)
 

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_star import StarConfig
-from peft_star.tuner.layer import StarLayer
-from peft_star.tuner.model import StarModel
+from peft_star.tuner import StarLayer, StarModel
+from peft_star.tuner.layer import star_layers
 from support.tiny_models import MODELS, tiny_gpt2, tiny_llama, tokens
 
 NAMES = MODELS["llama"].names
@@ -53,11 +53,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, StarLayer]:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {
-        name: module
-        for name, module in inner.named_modules()
-        if isinstance(module, StarLayer) and (adapter_name is None or adapter_name in module.star_delta)
-    }
+    return star_layers(inner, adapter_name)
 
 
 def randomize(model: nn.Module, adapter_name: str = "default") -> None:
@@ -633,6 +629,40 @@ def test_retarget_save_and_load(tmp_path, low_cpu_mem_usage):
     assert torch.equal(logits(loaded.merge_and_unload()), logits(model.merge_and_unload()))
 
 
+def test_retarget_beside_what_was_patched():
+    """Neurons whose delta is not zero stay with it, in ascending order with the new ones; all others go."""
+    model = star()
+    model.base_model.retarget("default", {name: torch.tensor([9, 3, 20]) for name in NAMES})
+    delta = torch.randn(3, HEIGHT)
+    delta[0] = 0
+    layers(model)[NAMES[0]].set_neurons("default", torch.tensor([9, 3, 20]), delta)
+    layers(model)[NAMES[1]].set_neurons("default", torch.tensor([9, 20, 3]), delta)
+    patched = logits(model)
+    new = {NAMES[1]: torch.tensor([3, 5]), NAMES[2]: torch.tensor([7, 1])}
+    model.base_model.retarget("default", new, keep_deltas=True)
+    zero = torch.zeros(HEIGHT)
+    expected = {
+        NAMES[0]: ([3, 20], [delta[1], delta[2]]),
+        NAMES[1]: ([3, 5, 20], [delta[2], zero, delta[1]]),
+        NAMES[2]: ([7, 1], [zero, zero]),
+    }
+    assert list(layers(model)) == NAMES
+    for name, (neurons, rows) in expected.items():
+        layer = layers(model)[name]
+        assert layer.star_neurons["default"].tolist() == neurons
+        assert (
+            torch.equal(layer.star_delta["default"], torch.stack(rows)) and layer.star_delta["default"].requires_grad
+        )
+    assert torch.allclose(logits(model), patched, atol=1e-6)
+    assert model.peft_config["default"].neurons_per_module == {NAMES[0]: 2, NAMES[1]: 3, NAMES[2]: 2}
+    # nothing but what is patched
+    model.base_model.retarget("default", {}, keep_deltas=True)
+    assert {name: layer.star_neurons["default"].tolist() for name, layer in layers(model).items()} == {
+        NAMES[0]: [3, 20],
+        NAMES[1]: [3, 20],
+    }
+
+
 def test_retarget_to_the_same_number_everywhere():
     model = star()
     model.base_model.retarget("default", {name: torch.tensor([1, 2]) for name in NAMES})
@@ -724,9 +754,11 @@ def test_retarget_refuses_bad_values_and_changes_nothing(error, neurons, message
     model.peft_config["default"].modules_to_save = ["up_proj"]
     before, config = state(model), copy.deepcopy(model.peft_config["default"])
     indices = {name: torch.tensor(values, dtype=None if values else torch.int64) for name, values in neurons.items()}
-    with pytest.raises(error, match=message):
-        # what comes first is fine
-        model.base_model.retarget("default", {NAMES[0]: torch.tensor([0]), **indices} if neurons else {})
+    for keep_deltas in (False, True) if neurons else (False,):
+        with pytest.raises(error, match=message):
+            # what comes first is fine
+            wanted = {NAMES[0]: torch.tensor([0]), **indices} if neurons else {}
+            model.base_model.retarget("default", wanted, keep_deltas)
     assert_same_state(model, before)
     assert model.peft_config["default"] == config
     assert list(layers(model)) == NAMES

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import peft_star
 from peft_star import StarConfig, combine_patches, swap_patch
-from peft_star.tuner.layer import StarLayer
+from peft_star.tuner.layer import star_layers
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tokens
 
 A = {"num_neurons": 6}
@@ -28,19 +28,11 @@ def model_with(build=tiny_llama, dtype=torch.float32, **adapters):
         else:
             model.add_adapter(name, config, autocast_adapter_dtype=False)
         generator = torch.Generator().manual_seed(number)
-        for layer in layers_of(model, name).values():
+        for layer in star_layers(model, name).values():
             count = layer.star_neurons[name].numel()
             neurons = torch.randperm(min(12, layer.in_features), generator=generator)[:count]
             layer.set_neurons(name, neurons, torch.randn(count, layer.out_features, generator=generator) * 0.3)
     return model.eval()
-
-
-def layers_of(model, name):
-    return {
-        key: module
-        for key, module in model.named_modules()
-        if isinstance(module, StarLayer) and name in module.star_delta
-    }
 
 
 @torch.no_grad()
@@ -54,7 +46,7 @@ def saved(tmp_path, build=tiny_llama, name="new", seed=None, **settings):
     """A patch on disk, and the logits that it gives on a fresh model."""
     torch.manual_seed(5 if seed is None else seed)
     model = model_with(build, **{"default": {**A, **settings}})
-    for layer in layers_of(model, "default").values():
+    for layer in star_layers(model, "default").values():
         layer.set_neurons(
             "default", layer.star_neurons["default"].clone(), torch.randn_like(layer.star_delta["default"]) * 0.3
         )
@@ -71,8 +63,8 @@ def test_a_combination_is_the_weighted_sum(build, weights):
     model = model_with(build)
     combine_patches(model, ["a", "b"], "sum", weights)
     factors = [1.0, 1.0] if weights is None else weights
-    assert len(layers_of(model, "sum")) == 3
-    for layer in layers_of(model, "sum").values():
+    assert len(star_layers(model, "sum")) == 3
+    for layer in star_layers(model, "sum").values():
         x = torch.randn(2, 5, layer.in_features)
         base = layer.base_layer(x)
         wanted = base
@@ -117,8 +109,8 @@ def test_nothing_but_the_new_adapter_changes():
 def test_a_single_part_is_scaled():
     model = model_with()
     combine_patches(model, ["b"], "scaled", [0.5])
-    assert layers_of(model, "scaled").keys() == layers_of(model, "b").keys()
-    for layer in layers_of(model, "scaled").values():
+    assert star_layers(model, "scaled").keys() == star_layers(model, "b").keys()
+    for layer in star_layers(model, "scaled").values():
         order = layer.star_neurons["b"].argsort()
         assert torch.equal(layer.star_delta["scaled"], layer.star_delta["b"][order] * 0.5)
 
@@ -133,7 +125,7 @@ def test_routed_experts_are_combined():
 def test_short_data_types_are_summed_in_float32():
     model = model_with(dtype=torch.bfloat16)
     combine_patches(model, ["a", "b"], "sum", [0.3, 0.7])
-    for layer in layers_of(model, "sum").values():
+    for layer in star_layers(model, "sum").values():
         assert layer.star_delta["sum"].dtype == torch.bfloat16
         total = torch.zeros(layer.in_features, layer.out_features)
         for name, factor in (("a", 0.3), ("b", 0.7)):

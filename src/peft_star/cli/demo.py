@@ -13,8 +13,8 @@ from rich.table import Table
 
 from .. import RepairArguments, StarConfig, repair
 from ..failures import read_rows
-from ..files import check_output
-from ..loading import CONFIG_NAME, demo_model_path, load_model, load_patch
+from ..loading import demo_model_path, load_model, load_patch
+from ..sharing.patch_files import check_patch_output
 from .app import EXIT_UNSOLVED, Json, Overwrite, PatchOutput, command, finish
 from .console import format_size, print_report, progress, quiet, status, stderr_console, visible
 from .patches import save_patch
@@ -57,7 +57,7 @@ def run_demo(output: Path, *, overwrite: bool = False, as_json: bool = False) ->
         ValueError: `output` may not be written.
     """
     path = demo_model_path()
-    check_output(output, overwrite, CONFIG_NAME)
+    check_patch_output(output, overwrite)
     console = stderr_console()
     console.quiet = as_json
 

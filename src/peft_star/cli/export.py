@@ -9,9 +9,10 @@ import typer
 from peft import PeftConfig
 from rich.markup import escape
 
-from ..files import bytes_of, check_output
-from ..loading import CONFIG_NAME, find_patch, read_patch_config
-from ..sharing.lora import export_lora
+from ..files import bytes_of
+from ..loading import find_patch, read_patch_config
+from ..sharing.lora import patch_to_lora
+from ..sharing.patch_files import check_patch_output
 from .app import Json, Overwrite, Patch, Token, command, finish
 from .console import format_size, quiet, status, stderr_console
 
@@ -33,10 +34,10 @@ def export(
         raise ValueError(f"--to is {to!r}; the forms are: {', '.join(FORMS)}.")
     directory = find_patch(patch, revision=revision, token=token)
     read_patch_config(directory)
-    check_output(output, overwrite, CONFIG_NAME, inputs=(directory,))
+    check_patch_output(output, overwrite, inputs=(directory,))
 
     with status("Exporting", as_json), quiet():
-        export_lora(directory, output, overwrite=overwrite)
+        patch_to_lora(directory, output, overwrite=overwrite)
         config = PeftConfig.from_pretrained(output.expanduser())
     size = bytes_of(output)
     if not as_json:

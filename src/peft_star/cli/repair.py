@@ -14,10 +14,9 @@ from .. import RepairArguments, RepairInterrupted, StarConfig
 from .. import repair as run_repair
 from ..engine.distributed import launched
 from ..failures import read_rows
-from ..files import check_output
-from ..loading import CONFIG_NAME
 from ..sharing.card import short_name
 from ..sharing.hub import check_repo_id, check_token
+from ..sharing.patch_files import check_patch_output
 from .app import (
     EXIT_INTERRUPTED,
     EXIT_UNSOLVED,
@@ -90,7 +89,7 @@ def repair(
     selection = parse_layers(layers)
     run_arguments = RepairArguments(**arguments, disable_tqdm=True)
     star_config = StarConfig(task_type="CAUSAL_LM", revision=revision, **config, **selection)
-    check_output(output, overwrite, CONFIG_NAME, inputs=(failures, retain, model))
+    check_patch_output(output, overwrite, inputs=(failures, retain, model))
     rows = read_rows(failures)
     retained = read_rows(retain) if retain else None
     if push_to_hub:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from ..failures import Row
 from ..models.inputs import input_device
 from .batch import Batch
-from .distributed import ALONE, Team
+from .engine import Engine
 from .predictions import Predictions
 from .recording import head_reads
 
@@ -31,75 +31,91 @@ def loss_at(logits: torch.Tensor, batch: Batch, chosen: torch.Tensor) -> torch.T
 
 
 @torch.no_grad()
-def teacher_forced(
-    model: nn.Module,
+def predict(
+    engine: Engine,
     batches: Sequence[Batch],
+    into: Predictions,
     progress: Callable[[int], None] | None = None,
-    team: Team = ALONE,
 ) -> Predictions:
-    """The model's predictions at every completion token, given the right tokens before it."""
-    predictions = Predictions.empty(sum(len(batch) for batch in batches))
-    for batch in team.share(batches):
-        predictions.read(batch, completion_logits(model, batch))
+    """Read what the model says at the batches' completion tokens, given the right ones before them, into their slots
+    of `into` (S), which is returned."""
+    for batch in engine.team.share(batches):
+        into.read(batch, completion_logits(engine.model, batch))
         if progress is not None:
             progress(len(batch.items))
-    team.join(predictions, batches)
-    return predictions
+    engine.team.join(into, batches)
+    return into
+
+
+def teacher_forced(
+    engine: Engine, batches: Sequence[Batch], progress: Callable[[int], None] | None = None
+) -> Predictions:
+    """The model's predictions at every completion token of the batches, which number their slots from 0."""
+    return predict(engine, batches, Predictions.empty(sum(map(len, batches))), progress)
 
 
 def generate(
-    model: nn.Module,
-    tokenizer,
-    rows: Sequence[Row],
-    max_tokens: int,
-    progress: Callable[[int], None] | None = None,
+    engine: Engine, tokenizer, rows: Sequence[Row], progress: Callable[[int], None] | None = None
 ) -> list[tuple[int, ...]]:
     """Greedy generation after each row's prompt, as many tokens as its completion has (fewer when the model stops).
 
     Args:
-        model: A causal LM with `generate`.
+        engine: Its model has `generate`.
         tokenizer: Its tokenizer, for the end-of-sequence token.
-        rows: The rows.
-        max_tokens: Prompts and new tokens of one batch, padding included.
+        rows: The rows, dealt out to the engine's processes.
         progress: Called with the number of rows done.
 
     Returns:
         `list[tuple[int, ...]]`: New token ids per row; equal to `row.completion_ids` when the row is right.
     """
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
-    settings = {"do_sample": False, "num_beams": 1, "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}
-    device = input_device(model)
     done: dict[int, tuple[int, ...]] = {}
-    group: list[Row] = []
-
-    def flush() -> None:
-        width = max(len(row.prompt_ids) for row in group)
-        new = max(len(row.completion_ids) for row in group)
-        ids = torch.full((len(group), width), pad)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(group):
-            ids[number, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
-            mask[number, width - len(row.prompt_ids) :] = 1
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=GenerationConfig(**settings, max_new_tokens=new),
-        )
-        for row, tokens in zip(group, output[:, width:].tolist()):
-            tokens = tokens[: len(row.completion_ids)]
-            if eos in tokens:
-                tokens = tokens[: tokens.index(eos) + 1]
-            done[row.index] = tuple(tokens)
+    for group in _groups(engine.team.share_rows(rows), engine.team.limit(engine.max_batch_tokens, rows)):
+        done |= _generate_group(engine.model, tokenizer, group)
         if progress is not None:
             progress(len(group))
+    found = {index: tokens for part in engine.team.gather(done) for index, tokens in part.items()}
+    return [found[row.index] for row in rows]
 
+
+def _groups(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """Rows of similar length, such that prompts and new tokens of a group, padding included, fit."""
+    group: list[Row] = []
     for row in sorted(rows, key=lambda row: (len(row.prompt_ids), len(row.completion_ids))):
         longest = max([len(row.completion_ids), *(len(other.completion_ids) for other in group)])
         if group and (len(group) + 1) * (len(row.prompt_ids) + longest) > max_tokens:
-            flush()
+            yield group
             group = []
         group.append(row)
     if group:
-        flush()
-    return [done[row.index] for row in rows]
+        yield group
+
+
+def _generate_group(model: nn.Module, tokenizer, group: Sequence[Row]) -> dict[int, tuple[int, ...]]:
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
+    width = max(len(row.prompt_ids) for row in group)
+    ids = torch.full((len(group), width), pad)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(group):
+        ids[number, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
+        mask[number, width - len(row.prompt_ids) :] = 1
+    device = input_device(model)
+    output = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            use_cache=True,
+            max_new_tokens=max(len(row.completion_ids) for row in group),
+        ),
+    )
+    done = {}
+    for row, tokens in zip(group, output[:, width:].tolist()):
+        tokens = tokens[: len(row.completion_ids)]
+        if eos in tokens:
+            tokens = tokens[: tokens.index(eos) + 1]
+        done[row.index] = tuple(tokens)
+    return done

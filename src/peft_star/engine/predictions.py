@@ -30,9 +30,12 @@ class Predictions:
     def right(self) -> torch.Tensor:
         return self.argmax == self.expected
 
-    def head(self, size: int) -> Predictions:
-        """The first `size` tokens."""
-        return Predictions(*(getattr(self, f.name)[:size] for f in fields(self)))
+    def __getitem__(self, slots: slice) -> Predictions:
+        """Those at some of the slots, which share their memory with these."""
+        return Predictions(*(getattr(self, f.name)[slots] for f in fields(self)))
+
+    def copy(self) -> Predictions:
+        return Predictions(*(getattr(self, f.name).clone() for f in fields(self)))
 
     def solved(self, margin: float) -> torch.Tensor:
         """Right, by more than `margin` in probability."""

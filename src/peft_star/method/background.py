@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from weakref import WeakKeyDictionary
@@ -12,10 +11,14 @@ import torch
 from torch import nn
 
 from ..engine.distributed import ALONE, Team
-from ..models.inputs import input_device
+from ..engine.engine import Engine
+from ..engine.recording import head_reads, recording_inputs
+from ..models.inputs import context_length, input_device
 
 # tokens that are read at once
 WINDOW = 256
+# ε of the second moment, relative to its mean diagonal: neurons that the background never shows are not free
+FLOOR = 0.1
 
 _CACHE: WeakKeyDictionary[nn.Module, dict[tuple, torch.Tensor]] = WeakKeyDictionary()
 
@@ -27,27 +30,26 @@ def background_text() -> str:
 
 
 def background_activations(
-    model: nn.Module,
+    engine: Engine,
     tokenizer,
     ffns: dict[str, nn.Module],
     tokens: int,
     progress: Callable[[int], None] | None = None,
-    team: Team = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Activations of the FFNs' second matrices on the package's background text, computed once for each model.
 
     Args:
-        model: The causal LM.
-        tokenizer: Its tokenizer.
+        engine: Its model reads the text, its processes share the windows.
+        tokenizer: The model's tokenizer.
         ffns: The second matrices by name.
         tokens: How many tokens of the text are read, in windows of 256.
         progress: Called with 1 after each window.
-        team: The processes that the windows are dealt out to.
 
     Returns:
         `dict[str, torch.Tensor]`: Inputs of each second matrix in this process's windows, in the model's precision,
         shape (N, m); a process without a window has no entries.
     """
+    model, team = engine.model, engine.team
     known = _CACHE.setdefault(model, {})
     key = (tokens,) if team.size == 1 else (tokens, team.rank, team.size)
     missing = {name: ffn for name, ffn in ffns.items() if (name, *key) not in known}
@@ -56,11 +58,8 @@ def background_activations(
         ids = tokenizer(
             background_text(), add_special_tokens=False, truncation=True, max_length=tokens, return_tensors="pt"
         )["input_ids"][0]
-        config = model.config.get_text_config()
-        # MPT, whose ALiBi ends there, has another name for it
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or WINDOW
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in missing}
-        with torch.no_grad(), _recording(missing, found), _without_head(model):
+        limit = context_length(model) or WINDOW
+        with torch.no_grad(), recording_inputs(missing) as found, head_reads(model, None):
             for window in ids.split(min(WINDOW, limit))[team.rank :: team.size]:
                 model(input_ids=window[None].to(input_device(model)), use_cache=False)
                 if progress is not None:
@@ -71,29 +70,11 @@ def background_activations(
     return {name: known[(name, *key)] for name in ffns if (name, *key) in known}
 
 
-@contextmanager
-def _recording(ffns: dict[str, nn.Module], found: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    handles = []
-    for name, ffn in ffns.items():
-
-        def record(module, args, kept=found[name]):
-            v = args[0]
-            kept.append(v.detach().reshape(-1, v.shape[-1]))
-
-        handles.append(ffn.register_forward_pre_hook(record))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _without_head(model: nn.Module) -> Iterator[None]:
-    """Let the LM head see one position only: its logits are not asked for."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, :1], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def moment_factor(activations: torch.Tensor, team: Team = ALONE) -> torch.Tensor:
+    """Lower Cholesky factor L (k, k), float64, of C + ε I = L Lᵀ, with C the second moment of activations (N, k), of
+    which this process holds its part."""
+    b = activations.double()
+    moment = team.sum(b.T @ b) / team.total(len(b))
+    floor = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * FLOOR
+    moment.diagonal().add_(floor)
+    return torch.linalg.cholesky(moment)

@@ -78,10 +78,18 @@ class ProgressCallback(RepairCallback):
 
 
 class Journal:
-    """Keeps the state, times the phases and calls the callbacks."""
+    """Keeps the state, times the phases and calls the callbacks.
+
+    Attributes:
+        state: The [`RepairState`] that callbacks see.
+        steps: Steps taken in all.
+        solved_before: Failures that were solved before those that are being patched.
+        occlusion: What was last measured of the layers, for the report.
+    """
 
     def __init__(self, args: RepairArguments, callbacks: Sequence[RepairCallback] | None):
         self.args, self.state = args, RepairState(max_steps=args.max_steps)
+        self.steps, self.solved_before, self.occlusion = 0, 0, {}
         self.callbacks = list(callbacks or ())
         if not args.disable_tqdm and is_main_process():
             self.callbacks.append(ProgressCallback())
@@ -104,3 +112,10 @@ class Journal:
     def advance(self, amount: int = 1) -> None:
         self.state.done += amount
         self.call("on_progress")
+
+    def step(self, step: int, solved: int, loss: float) -> None:
+        """A step of the current set of failures is finished, with `solved` of them solved."""
+        self.state.step, self.state.num_solved, self.state.loss = step, self.solved_before + solved, loss
+        self.steps += 1
+        self.advance()
+        self.call("on_step_end")

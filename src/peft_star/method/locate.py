@@ -1,137 +1,37 @@
-"""Locating "buggy neurons": layers by occlusion, neurons by Input x Gradient (paper section 3.1)."""
+"""Locating "buggy neurons": the layers, then the neurons in them (paper section 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from ..engine.batch import Batch
-from ..engine.distributed import ALONE, Team
-from ..engine.passes import completion_logits, loss_at
+from ..tuner.layer import count_of
+from .attribution import exact_occlusion, rank_agreement
+from .subject import Run
 from .trace import Trace
 
 
-def input_x_gradient(trace: Trace) -> dict[str, torch.Tensor]:
-    """Attribution of every neuron, `score_j = ‖v_j · ∂L/∂v_j‖₂` over the medium tokens (paper section 3.1).
-
-    Returns:
-        `dict[str, torch.Tensor]`: Per FFN its scores, float32, shape (m).
-    """
-    return {name: layer.scores.sqrt() for name, layer in trace.layers.items() if layer.scores is not None}
-
-
-@torch.no_grad()
-def exact_occlusion(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    decoder_layers: dict[str, nn.Module],
-    medium: torch.Tensor,
-    loss: float,
-    progress: Callable[[int], None] | None = None,
-    team: Team = ALONE,
-) -> dict[str, float]:
-    """Change in loss when one decoder layer is skipped, one forward pass for each (paper section 3.1).
-
-    Args:
-        model: The causal LM.
-        batches: The traced batches.
-        decoder_layers: Decoder layers by name.
-        medium: Slots of the failures, shape (n).
-        loss: The trace's loss.
-        progress: Called with 1 after each layer.
-        team: The processes that the batches are dealt out to.
-
-    Returns:
-        `dict[str, float]`: Loss with the layer skipped minus `loss`.
-    """
-    changes = {}
-    for name, module in decoder_layers.items():
-        with _skipped(module):
-            changes[name] = team.total(sum(_medium_loss(model, batch, medium) for batch in team.share(batches))) - loss
-        if progress is not None:
-            progress(1)
-    return changes
-
-
-def _medium_loss(model: nn.Module, batch: Batch, medium: torch.Tensor) -> float:
-    chosen = torch.isin(batch.slots.cpu(), medium)
-    if not chosen.any():
-        return 0.0
-    return loss_at(completion_logits(model, batch), batch, chosen).item()
-
-
-class _skipped:
-    """The decoder layer hands its input on as its output."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __enter__(self):
-        self.input = None
-        self.handles = [
-            self.module.register_forward_pre_hook(self._keep, with_kwargs=True),
-            self.module.register_forward_hook(self._replace),
-        ]
-
-    def __exit__(self, *exc):
-        for handle in self.handles:
-            handle.remove()
-
-    def _keep(self, module, args, kwargs):
-        self.input = args[0] if args else kwargs["hidden_states"]
-
-    def _replace(self, module, args, output):
-        return (self.input, *output[1:]) if isinstance(output, tuple) else self.input
-
-
-def rank_agreement(first: dict[str, float], second: dict[str, float], count: int) -> dict[str, float]:
-    """How well two occlusion measures agree: Spearman's rank correlation of the magnitudes, and the share of the top
-    `count` layers that both name."""
-    names = list(first)
-    a = torch.tensor([abs(first[name]) for name in names], dtype=torch.float64)
-    b = torch.tensor([abs(second[name]) for name in names], dtype=torch.float64)
-    ranks = torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()])
-    top = [set(values.topk(count).indices.tolist()) for values in (a, b)]
-    return {"spearman": torch.corrcoef(ranks)[0, 1].item(), "top_overlap": len(top[0] & top[1]) / count}
-
-
-def count_of(amount: int | float, total: int, what: str) -> int:
-    """Turn a count (int) or a share (float in (0, 1]) of `total` into a count.
-
-    Raises:
-        ValueError: More than there are.
-    """
-    if isinstance(amount, int):
-        if amount > total:
-            raise ValueError(f"{amount} {what} were asked for, but there are {total}; ask for at most {total}.")
-        return amount
-    return max(1, round(amount * total))
-
-
-def candidate_layers(
-    names: Sequence[str], selection: str | Sequence[int], num_layers: int | float | None
-) -> list[str]:
-    """The decoder layers among which a repair may choose; nothing below the lowest of them needs a gradient.
-
-    Args:
-        names: The decoder layers that carry the adapter, in order of depth.
-        selection: `"last"`: the last `num_layers` of them; `"occlusion"`, `"all"`: every one; or the layers' indices.
-        num_layers: Count or share; None: all.
-
-    Raises:
-        ValueError: There are fewer layers, or none of the given index.
-    """
-    if isinstance(selection, str):
-        count = len(names) if num_layers is None or selection == "all" else count_of(num_layers, len(names), "layers")
-        return list(names[-count:] if selection == "last" else names)
-    by_index = {int(name.rpartition(".")[2]): name for name in names}
-    wrong = [index for index in selection if index not in by_index]
-    if wrong:
-        have = ", ".join(map(str, by_index))
-        raise ValueError(f"layer_selection names layer {wrong[0]}, but the adapter can patch layers {have}.")
-    return [name for index, name in by_index.items() if index in set(selection)]
+def locate(run: Run, traced: Trace) -> dict[str, torch.Tensor]:
+    """The buggy neurons of what was traced: per module its neurons, ascending int64, shape (k)."""
+    config, num_neurons = run.subject.config, run.subject.num_neurons
+    layers = run.subject.decoder_layers
+    exact = run.args.occlusion == "exact" and config.layer_selection == "occlusion"
+    with run.journal.phase("locate", len(layers) if exact else 0):
+        importance = dict(traced.occlusion)
+        run.journal.occlusion = {"first-order": importance}
+        if exact:
+            losses = exact_occlusion(run.engine, layers, traced.batches, traced.medium, run.journal.advance)
+            measured = {name: loss - traced.loss for name, loss in losses.items()}
+            count = count_of(config.num_layers or 1.0, len(importance), "layers")
+            agreement = rank_agreement(importance, measured, count)
+            run.journal.occlusion |= {"exact": measured, "agreement": agreement}
+            importance = measured
+        scores = traced.scores()
+        if config.neuron_pattern == "layer-wise":
+            chosen = set(select_layers(importance, config.layer_selection, config.num_layers))
+            scores = {name: values for name, values in scores.items() if run.subject.decoder_of[name] in chosen}
+        return select_neurons(scores, num_neurons, config.neuron_pattern)
 
 
 def select_layers(

@@ -1,15 +1,19 @@
-"""What a patch has to reach: every failure solved by the margin, and nothing that was right wrong."""
+"""What a patch has to reach: every failure solved by the margin, and nothing that was right wrong; and the loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..engine.batch import Batch
+from ..engine.engine import Engine
+from ..engine.passes import completion_logits, loss_at, predict
 from ..engine.predictions import Predictions
 
 
-@dataclass
+@dataclass(frozen=True)
 class Task:
     """The failures `medium` and the tokens `right_before`, masks over the S completion tokens; no token is in both."""
 
@@ -27,6 +31,10 @@ class Task:
     def broken(self, now: Predictions) -> torch.Tensor:
         return self.right_before & ~now.right
 
+    def at_stake(self, now: Predictions) -> torch.Tensor:
+        """Where the loss is taken: the failures, solved or not, and the broken tokens."""
+        return self.medium | self.broken(now)
+
     def wanting(self, now: Predictions) -> torch.Tensor:
         """Tokens that are not as they should be: failures not solved by the margin, and broken ones."""
         return self.medium & ~now.solved(self.margin) | self.broken(now)
@@ -34,13 +42,12 @@ class Task:
     def done(self, now: Predictions) -> bool:
         return not self.wanting(now).any()
 
-    def score(self, now: Predictions, harmed: int = 0) -> tuple[int, int, int]:
-        """Ranks states: most failures right, then fewest tokens broken (`harmed`: elsewhere), then most solved."""
-        return (
-            int(now.right[self.medium].sum()),
-            -int(self.broken(now).sum()) - harmed,
-            int(now.solved(self.margin)[self.medium].sum()),
-        )
+    def num_solved(self, now: Predictions) -> int:
+        return int(now.solved(self.margin)[self.medium].sum())
+
+    def score(self, now: Predictions) -> tuple[int, int, int]:
+        """Ranks states: most failures right, then fewest tokens broken, then most solved."""
+        return int(now.right[self.medium].sum()), -int(self.broken(now).sum()), self.num_solved(now)
 
     def shortfall(self, now: Predictions) -> torch.Tensor:
         """By how much the logit gap of each of the S tokens falls short of what the margin needs (below 0: enough).
@@ -51,3 +58,64 @@ class Task:
         enough = min((1 + self.margin) / 2, 2 * self.margin)
         share = (2 * now.p_expected - now.margin).clamp(min=max(enough, 1e-6))
         return 2 * torch.atanh(self.margin / share) - now.gap
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one set of failures must reach, and the rows by which it is seen.
+
+    Attributes:
+        batches: The rows that every pass looks at.
+        unwatched: Rows that must stay right, and are looked at only when the task seems fulfilled.
+        task: The task, over the slots (S) of all batches.
+        before: Predictions (S) at the start; what a pass does not look at is taken to be as it was then.
+    """
+
+    batches: tuple[Batch, ...]
+    unwatched: tuple[Batch, ...]
+    task: Task
+    before: Predictions
+
+    def look(self, engine: Engine, *, differentiate: bool = False) -> tuple[Predictions, float]:
+        """What the model says now, and the loss over what is at stake.
+
+        With `differentiate`, its gradient is accumulated, that of this process's batches. A batch whose failures are
+        all solved and whose other tokens are whole is left out: it has nothing to ask for, and comes back when a later
+        step undoes it.
+        """
+        now, total = self.before.copy(), 0.0
+        for batch in engine.team.share(self.batches):
+            slots = batch.slots.cpu()
+            with torch.set_grad_enabled(differentiate), engine.replay(batch):
+                logits = completion_logits(engine.model, batch)
+            now.read(batch, logits.detach())
+            chosen = self.task.at_stake(now)[slots]
+            if chosen.any():
+                with torch.set_grad_enabled(differentiate):
+                    loss = loss_at(logits, batch, chosen)
+                total += loss.item()
+                if differentiate and self.task.wanting(now)[slots].any():
+                    loss.backward()
+        engine.team.join(now, self.batches)
+        return now, engine.team.total(total)
+
+    def look_at_the_rest(self, engine: Engine, here: Predictions) -> tuple[Predictions, tuple[Batch, ...]]:
+        """`here` with the unwatched rows as they are now, and those of them that have broken."""
+        now = predict(engine, self.unwatched, here.copy())
+        broken = self.task.broken(now)
+        return now, tuple(batch for batch in self.unwatched if broken[batch.slots.cpu()].any())
+
+    def watching(self, batches: Sequence[Batch]) -> Goal:
+        """The same goal, with these of the unwatched batches looked at in every pass from now on."""
+        rest = tuple(batch for batch in self.unwatched if batch not in batches)
+        return replace(self, batches=(*self.batches, *batches), unwatched=rest)
+
+
+def differentiate(engine: Engine, batches: Sequence[Batch], wanted: torch.Tensor) -> None:
+    """Accumulate the gradient of the cross entropy at the slots `wanted` (mask of S); of this process's batches."""
+    for batch in engine.team.share(batches):
+        chosen = wanted[batch.slots.cpu()]
+        if chosen.any():
+            with engine.replay(batch):
+                logits = completion_logits(engine.model, batch)
+            loss_at(logits, batch, chosen).backward()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from ..engine.batch import Batch
-from ..engine.distributed import ALONE, Team
-from ..engine.passes import completion_logits, loss_at
-from ..engine.predictions import Predictions
-from .objective import Task
+from .best import Best
+from .objective import Goal, differentiate
+from .semantics import traced_semantics
+from .solve import solve_prior
+from .subject import HeldLayer, Run
+from .trace import Trace
 
 
 class PriorGuidedSGD(torch.optim.Optimizer):
@@ -119,117 +120,79 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         return state["size"]
 
 
-def patch_neurons(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    deltas: Sequence[nn.Parameter],
+def solve(
+    run: Run, located: dict[str, torch.Tensor], traced: Trace
+) -> tuple[list[HeldLayer], list[torch.Tensor] | None]:
+    """The located neurons in the adapter with their priors W_Δ as `star_prior`, and the first step's gradients
+    ∂L/∂delta (k, d) by layer, out of the trace; None when it did not keep what they need.
+
+    Neurons of earlier repairs, which the adapter also holds, get priors of zero: they stay as they are.
+    """
+    with run.journal.phase("solve", len(located)):
+        layers = run.subject.hold(located)
+        gradients = []
+        for layer in run.subject.layers().values():
+            delta = layer.star_delta[run.subject.adapter]
+            delta.star_prior = torch.zeros_like(delta)
+        for layer in layers:
+            wanted = located[layer.name].to(layer.neurons.device)
+            decoder_layer = run.subject.decoder_of[layer.name]
+            semantics = traced_semantics(run.subject.bases, traced, decoder_layer, run.args.norm)
+            solved = solve_prior(traced.activations(layer.name, wanted), semantics, run.args.ridge)
+            prior = layer.delta.star_prior
+            # rows of the adapter are ascending, as `wanted` is
+            prior[torch.isin(layer.neurons, wanted)] = solved.to(prior)
+            gradients.append(traced.layers[layer.name].gradient(layer.neurons))
+            run.journal.advance()
+    missing = any(gradient is None for gradient in gradients)
+    return layers, None if any(run.engine.team.gather(missing)) else gradients
+
+
+def patch(
+    run: Run,
+    goal: Goal,
+    layers: Sequence[HeldLayer],
     gradients: Sequence[torch.Tensor] | None,
-    medium: torch.Tensor,
-    before: Predictions,
-    *,
-    learning_rate: float,
-    damping: float,
-    growth: float,
-    max_steps: int,
-    margin: float,
-    replay: Callable[[Batch], AbstractContextManager] = nullcontext,
-    team: Team = ALONE,
-    retain: Callable[[], Sequence[tuple[Batch, torch.Tensor]]] | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
-) -> Predictions:
+    traced: Trace,
+    best: Best,
+) -> None:
     """Algorithm 1 on the located neurons' deltas, stopping as soon as every failure is solved and nothing is broken.
 
-    A token of the same rows that was right and breaks on the way joins the loss until it is right again. When the
-    steps run out, the best state on the way is kept: most failures solved, then fewest tokens broken.
-
-    Args:
-        model: The causal LM; nothing but `deltas` needs a gradient.
-        batches: The rows; their slots index `before` (S).
-        deltas: The patched layers' deltas, each with a `star_prior`.
-        gradients: ∂L/∂delta of the trace, for a first step without another pass; None: computed.
-        medium: Slots (n) of the failures.
-        before: [`Predictions`] (S) without the patch. Its tokens that are right, apart from `medium`, must stay so.
-        learning_rate, damping, growth, max_steps, margin: See [`RepairArguments`].
-        replay: Context around the forwards of a batch, see [`Replay`].
-        team: The processes that the batches are dealt out to.
-        retain: Called once the failures are solved; gives retained batches with a mask (N) of tokens that broke.
-        on_step: Called with the step, the failures solved, and the loss.
-
-    Returns:
-        [`Predictions`] (S) of the state that was kept.
+    A token of the same rows that was right and breaks on the way joins the loss until it is right again. Retained rows
+    are looked at when the failures are solved; what broke in them then joins the next step's loss.
     """
-    optimizer = PriorGuidedSGD(deltas, lr=learning_rate, damping=damping, growth=growth)
-    task = Task.of(medium, before, margin)
-    optimizer.zero_grad()
-    if gradients is None:
-        forward_backward(model, batches, task, replay, team=team)
-    else:
-        for delta, gradient in zip(deltas, gradients):
-            delta.grad = gradient.to(delta.device, delta.dtype)
-    best = None
-    for step in range(1, max_steps + 1):
-        team.sum_gradients(deltas)
-        optimizer.step()
-        optimizer.zero_grad()
-        here, loss = forward_backward(
-            model, batches, task, replay, team=team, skip_solved=True, backward=step < max_steps
-        )
-        done, harmed = task.done(here), 0
-        hurt = []
-        if done and retain is not None:
-            hurt = [(batch, mask) for batch, mask in retain() if mask.any()]
-            harmed = sum(int(mask.sum()) for _, mask in hurt)
-            done = not hurt
-        score = task.score(here, harmed)
-        if best is None or score > best[0] or done:
-            best = score, [delta.detach().clone() for delta in deltas], here
-        if on_step is not None:
-            on_step(step, int(here.solved(margin)[medium].sum()), loss)
-        if done or step == max_steps:
-            break
-        if hurt:
-            masks = dict(hurt)
-            for batch in team.share(list(masks)):
-                loss_at(completion_logits(model, batch), batch, masks[batch]).backward()
-            forward_backward(model, batches, task, replay, team=team)
-    optimizer.zero_grad()
-    with torch.no_grad():
-        for delta, kept in zip(deltas, best[1]):
-            delta.copy_(kept)
-    return best[2]
+    engine, args, task = run.engine, run.args, goal.task
+    deltas = [layer.delta for layer in layers]
+    with _trainable(deltas):
+        optimizer = PriorGuidedSGD(deltas, lr=args.learning_rate, damping=args.damping, growth=args.growth)
+        if gradients is None:
+            differentiate(engine, goal.batches, task.medium)
+        else:
+            for delta, gradient in zip(deltas, gradients):
+                delta.grad = gradient.to(delta.device, delta.dtype)
+        for step in range(1, args.max_steps + 1):
+            engine.team.sum_gradients(deltas)
+            optimizer.step()
+            optimizer.zero_grad()
+            last = step == args.max_steps
+            here, loss = goal.look(engine, differentiate=not last)
+            broken = ()
+            if task.done(here):
+                here, broken = goal.look_at_the_rest(engine, here)
+            best.offer(step, here, loss)
+            if task.done(here) or last:
+                return
+            if broken:  # of the failures' rows, which are all solved, no gradient has been taken
+                differentiate(engine, [*broken, *goal.batches], task.at_stake(here))
 
 
-def forward_backward(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    task: Task,
-    replay: Callable[[Batch], AbstractContextManager],
-    *,
-    team: Team = ALONE,
-    elsewhere: Predictions | None = None,
-    skip_solved: bool = False,
-    backward: bool = True,
-) -> tuple[Predictions, float]:
-    """What the model says now, and the loss over the failures and the broken tokens; its gradient is accumulated, that
-    of this process's batches.
-
-    `skip_solved`: a batch whose failures are all solved and whose other tokens are whole is not differentiated: it has
-    nothing to ask for, and comes back when a later step undoes it. `elsewhere`: predictions at the slots that no batch
-    holds.
-    """
-    predictions = Predictions.empty(len(task.medium)) if elsewhere is None else Predictions.join(elsewhere)
-    total = 0.0
-    for batch in team.share(batches):
-        slots = batch.slots.cpu()
-        with torch.set_grad_enabled(backward), replay(batch):
-            logits = completion_logits(model, batch)
-        predictions.read(batch, logits.detach())
-        chosen = (task.medium | task.broken(predictions))[slots]
-        if chosen.any():
-            with torch.set_grad_enabled(backward):
-                loss = loss_at(logits, batch, chosen)
-            total += loss.item()
-            if backward and not (skip_solved and not task.wanting(predictions)[slots].any()):
-                loss.backward()
-    team.join(predictions, batches)
-    return predictions, team.total(total)
+@contextmanager
+def _trainable(deltas: Sequence[nn.Parameter]) -> Iterator[None]:
+    for delta in deltas:
+        delta.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for delta in deltas:
+            delta.grad = None
+            delta.requires_grad_(False)

@@ -9,55 +9,36 @@ t_i = −|s_Δ| ⊙ sign(∂L/∂o), and equation 2 is solved for these targets 
 
 with C the neurons' second moment on background text: the patch answers to what sets the failures' activations apart
 from the background. The solution is P diag(c) T with a P (k, n) that does not depend on the strengths c (n), so
-these are found by forward passes alone (see `search.py`).
+these are found by forward passes alone (see `strengths.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from ..engine.distributed import ALONE, Team
+from ..engine.engine import Engine
 from ..engine.predictions import Predictions
-from .objective import Task
-from .solve import solve_prior
+from .background import WINDOW, background_activations, moment_factor
+from .best import Best
+from .objective import Goal
+from .semantics import traced_semantics
+from .solve import protected_answer
 from .strengths import search_strengths
-from .trace import Trace
+from .subject import HeldLayer, Run
+from .trace import Trace, trace
 
-# ε of the background's second moment, relative to its mean diagonal: neurons that the background never shows are
-# not free
-FLOOR = 0.1
 # a search goes up to this many times the learning rate; at the default, a push then adds to a hidden state what has
 # the semantic delta's own norm
 REACH = 100
 
 
 @dataclass
-class SteeredLayer:
-    """A patched layer: its delta (k, d), its neurons (k), and their activations (N, k) on this process's part of the
-    background text."""
-
-    name: str
-    delta: nn.Parameter
-    neurons: torch.Tensor
-    background: torch.Tensor | None
-
-    def factor(self, team: Team = ALONE) -> torch.Tensor | None:
-        """Lower Cholesky factor (k, k) of C + ε I, float64."""
-        if self.background is None:
-            return None
-        b = self.background.double()
-        moment = team.sum(b.T @ b) / team.total(len(b))
-        floor = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * FLOOR
-        moment.diagonal().add_(floor)
-        return torch.linalg.cholesky(moment)
-
-
-@dataclass
-class _Push:
+class Push:
     """One layer's part of a step: the delta becomes `origin + answer @ (c[:, None] * targets)`."""
 
     delta: nn.Parameter
@@ -71,113 +52,77 @@ class _Push:
         self.delta.copy_(self.origin + change.to(self.origin.dtype))
 
 
-def protected_answer(
-    activations: torch.Tensor,
-    factor: torch.Tensor | None,
-    ridge: float,
-    contexts: torch.Tensor | None = None,
-    generalization: float = 0.0,
-) -> torch.Tensor:
-    """P (k, n), float64: how much of each neuron's delta answers to each failure.
-
-    With V the `activations` (n, k) and C + ε I = L Lᵀ, the protection is a plain ridge on V L⁻ᵀ. To generalise, a
-    failure's neurons are combined as for the average X = (V + w U) / (1 + w) with its `contexts` U (n, k), and mixed
-    such that each push reaches its own failure whole and leaves the others alone: P = (C + ε I)⁻¹ Xᵀ B with V P = I.
-    """
-    v = activations.double()
-
-    def whiten(rows: torch.Tensor) -> torch.Tensor:
-        return rows if factor is None else torch.linalg.solve_triangular(factor, rows.T, upper=False).T
-
-    if contexts is None:
-        eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
-        answer = solve_prior(whiten(v), eye, ridge)
-    else:
-        averaged = whiten((v + generalization * contexts.double()) / (1 + generalization))
-        answer = averaged.T @ solve_prior(whiten(v) @ averaged.T, torch.eye(len(v)).to(v), ridge)
-    return answer if factor is None else torch.linalg.solve_triangular(factor.T, answer, upper=True)
+def solve(run: Run, located: dict[str, torch.Tensor], traced: Trace) -> tuple[list[HeldLayer], list]:
+    """The located neurons in the adapter, and what they do on background text: per layer [`moment_factor`] (k, k), or
+    None where nothing is protected."""
+    tokens, team = run.args.background, run.engine.team
+    with run.journal.phase("solve", -(-tokens // WINDOW)):
+        layers = run.subject.hold(located)
+        if not tokens:
+            return layers, [None] * len(layers)
+        ffns = run.probe(located).ffns
+        shown = background_activations(run.engine, run.subject.tokenizer, ffns, tokens, run.journal.advance)
+        factors = []
+        for layer in layers:
+            if layer.name in shown:
+                activations = shown[layer.name].index_select(1, layer.neurons.to(shown[layer.name].device))
+            else:  # other processes read the background
+                activations = torch.zeros(0, len(layer.neurons), device=layer.neurons.device)
+            factors.append(moment_factor(activations, team))
+    return layers, factors
 
 
-def steer_neurons(
-    layers: Sequence[SteeredLayer],
-    traced: Trace,
-    task: Task,
-    look: Callable[[], tuple[Predictions, float]],
-    retrace: Callable[[torch.Tensor], Trace],
-    semantics: Callable[[Trace, SteeredLayer], torch.Tensor],
-    *,
-    learning_rate: float,
-    max_steps: int,
-    ridge: float,
-    generalization: float = 0.0,
-    elsewhere: Callable[[Predictions], None] = lambda now: None,
-    on_step: Callable[[int, int, float], None] | None = None,
-) -> Predictions:
-    """Patch the layers until the task is fulfilled, or `max_steps` gradients are used up.
+def patch(run: Run, goal: Goal, layers: Sequence[HeldLayer], factors: Sequence, traced: Trace, best: Best) -> None:
+    """Push the failures until the task is fulfilled, or `max_steps` gradients are used up.
 
     Each step pushes the failures, and the tokens that broke on the way, along their gradients' signs; its strengths
-    are searched up to `learning_rate * REACH`.
-
-    Args:
-        layers: The patched layers.
-        traced: The trace of the failures, at the deltas as they are.
-        task: What has to be reached.
-        look: Predictions (S) and the loss at the deltas as they are, by one forward.
-        retrace: A trace of the given slots (n) at the deltas as they are.
-        semantics: The semantic deltas (n, d) of a trace's tokens for a layer.
-        learning_rate, max_steps, ridge, generalization: See [`RepairArguments`].
-        elsewhere: Called when the task seems fulfilled; fills in the tokens that `look` leaves as they were.
-        on_step: Called with the step, the failures solved, and the loss.
-
-    Returns:
-        [`Predictions`] (S) of the state that was kept: the last, or the best on the way by [`Task.score`].
+    are searched up to `learning_rate * REACH`. Retained rows are looked at when all seems done; those that broke are
+    watched from then on.
     """
-    factors = {layer.name: layer.factor(traced.team) for layer in layers}
-    here = traced.predictions
-    # whatever happens on the way, the deltas are those of a finished step afterwards
-    best = None, [layer.delta.detach().clone() for layer in layers], here
-    try:
-        for step in range(1, max_steps + 1):
-            pushes, descent = _pushes(layers, traced, factors, semantics, ridge, generalization)
-
-            def pushed(strengths: torch.Tensor, pushes=pushes) -> tuple[Predictions, float]:
-                for push in pushes:
-                    push(strengths)
-                return look()
-
-            strengths, here, loss = search_strengths(pushed, here, task, traced.medium, descent, learning_rate * REACH)
-            for push in pushes:
-                push(strengths)
-            if task.done(here):
-                elsewhere(here)
-            done, score = task.done(here), task.score(here)
-            if best[0] is None or score > best[0] or done:
-                best = score, [layer.delta.detach().clone() for layer in layers], here
-            if on_step is not None:
-                on_step(step, int(here.solved(task.margin)[task.medium].sum()), loss)
-            if done or step == max_steps:
-                break
-            traced = retrace((task.medium | task.broken(here)).nonzero()[:, 0])
-            here = traced.predictions
-    finally:
-        with torch.no_grad():
-            for layer, kept in zip(layers, best[1]):
-                layer.delta.copy_(kept)
-    return best[2]
+    for step in range(1, run.args.max_steps + 1):
+        pushes, descent = make_pushes(run, layers, factors, traced)
+        strengths, here, loss = search_strengths(
+            partial(_look, run.engine, goal, pushes),
+            traced.predictions,
+            goal.task,
+            traced.medium,
+            descent,
+            run.args.learning_rate * REACH,
+        )
+        for push in pushes:
+            push(strengths)
+        if goal.task.done(here):
+            here, broken = goal.look_at_the_rest(run.engine, here)
+            goal = goal.watching(broken)
+        best.offer(step, here, loss)
+        if goal.task.done(here) or step == run.args.max_steps:
+            return
+        at_stake = goal.task.at_stake(here).nonzero()[:, 0]
+        names = [layer.name for layer in layers]
+        traced = trace(run.engine, goal.batches, run.probe(names), at=at_stake, start=goal.before)
 
 
-def _pushes(
-    layers, traced: Trace, factors, semantics, ridge: float, generalization: float
-) -> tuple[list[_Push], torch.Tensor]:
+def _look(engine: Engine, goal: Goal, pushes: Sequence[Push], strengths: torch.Tensor) -> tuple[Predictions, float]:
+    for push in pushes:
+        push(strengths)
+    return goal.look(engine)
+
+
+def make_pushes(
+    run: Run, layers: Sequence[HeldLayer], factors: Sequence, traced: Trace
+) -> tuple[list[Push], torch.Tensor]:
     """Every layer's push at the deltas as they are, and the slope (n) of each token's cross entropy, positive."""
     pushes, descent = [], torch.zeros(len(traced.medium))
-    for layer in layers:
+    args, subject = run.args, run.subject
+    for layer, factor in zip(layers, factors):
         gradient = traced.gradients(layer.name).double()
-        targets = -semantics(traced, layer).abs().to(gradient.device) * gradient.sign()
+        semantics = traced_semantics(subject.bases, traced, subject.decoder_of[layer.name], args.norm)
+        targets = -semantics.abs().to(gradient.device) * gradient.sign()
         activations = traced.activations(layer.name, layer.neurons).to(gradient.device)
-        contexts = traced.contexts(layer.name, layer.neurons)
-        contexts = contexts if contexts is None else contexts.to(gradient.device)
-        answer = protected_answer(activations, factors[layer.name], ridge, contexts, generalization)
-        pushes.append(_Push(layer.delta, layer.delta.detach().clone(), answer, targets))
+        contexts = None
+        if args.generalization > 0:
+            contexts = traced.contexts(layer.name, layer.neurons).to(gradient.device)
+        answer = protected_answer(activations, factor, args.ridge, contexts, args.generalization)
+        pushes.append(Push(layer.delta, layer.delta.detach().clone(), answer, targets))
         descent -= (gradient * targets).sum(dim=1).float().cpu()
     return pushes, descent

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
 
 from ..engine.batch import completion_offsets
 from ..engine.predictions import Predictions
 from ..failures import Row
-from ..report import CONTEXT_CHARACTERS, BrokenToken, FailureRecord, RowRecord
+from ..report import CONTEXT_CHARACTERS, BrokenToken, FailureRecord, PatchedLayer, RepairReport, RowRecord
+from .subject import Run, Subject
+from .verify import Case, Seen
 
 # enough tokens to fill CONTEXT_CHARACTERS in any but the strangest texts
 CONTEXT_TOKENS = 32
@@ -110,3 +114,51 @@ class Records:
                     setattr(record, f"generation_exact_{when}", generated[number] == row.completion_ids)
             records.append(record)
         return records
+
+
+def make_report(run: Run, case: Case, before: Seen, after: Seen, interrupted: bool) -> RepairReport:
+    """What the repair of these rows is found to have done."""
+    journal = run.journal
+    report = RepairReport(
+        failures=[],
+        rows=[],
+        broken=[],
+        layers=patched_layers(run.subject),
+        steps=journal.steps,
+        seconds=dict(journal.state.seconds),
+        occlusion=journal.occlusion,
+        arguments=run.args.to_dict(),
+        config=_plain(run.subject.config.to_dict()),
+        versions={name: version(name) for name in ("torch", "transformers", "peft")},
+        interrupted=interrupted,
+    )
+    for source, (rows, slots) in case.parts.items():
+        if rows:
+            was, now = before.predictions[slots], after.predictions[slots]
+            records = Records(source, rows, was, now, run.subject.tokenizer)
+            report.rows += records.of_rows(before.generated.get(source), after.generated.get(source))
+            report.broken += records.broken()
+            if source == "failures":
+                report.failures = records.failures()
+    return report
+
+
+def patched_layers(subject: Subject) -> list[PatchedLayer]:
+    """The layers whose delta is not zero."""
+    layers = []
+    for name, layer in subject.layers().items():
+        delta, neurons = layer.star_delta[subject.adapter].detach(), layer.star_neurons[subject.adapter]
+        if delta.any():
+            layers.append(PatchedLayer(name, sorted(neurons.tolist()), float(delta.float().norm())))
+    return layers
+
+
+def _plain(value: Any) -> Any:
+    """A config's dict in JSON types: sets become sorted lists, enums their value."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)

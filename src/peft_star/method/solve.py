@@ -1,4 +1,4 @@
-"""Solving "neuron patches": the prior by least squares (paper section 3.2, equation 2)."""
+"""Solving "neuron patches": the prior by least squares (paper section 3.2, equation 2), plain and under protection."""
 
 from __future__ import annotations
 
@@ -35,3 +35,30 @@ def solve_prior(activations: torch.Tensor, semantics: torch.Tensor, ridge: float
     right = s if wide else v.T @ s
     solution = torch.cholesky_solve(right, factor) if info.item() == 0 else torch.linalg.pinv(gram) @ right
     return v.T @ solution if wide else solution
+
+
+def protected_answer(
+    activations: torch.Tensor,
+    factor: torch.Tensor | None,
+    ridge: float,
+    contexts: torch.Tensor | None = None,
+    generalization: float = 0.0,
+) -> torch.Tensor:
+    """P (k, n), float64: how much of each neuron's delta answers to each failure.
+
+    With V the `activations` (n, k) and C + ε I = L Lᵀ, the protection is a plain ridge on V L⁻ᵀ. To generalise, a
+    failure's neurons are combined as for the average X = (V + w U) / (1 + w) with its `contexts` U (n, k), and mixed
+    such that each push reaches its own failure whole and leaves the others alone: P = (C + ε I)⁻¹ Xᵀ B with V P = I.
+    """
+    v = activations.double()
+
+    def whiten(rows: torch.Tensor) -> torch.Tensor:
+        return rows if factor is None else torch.linalg.solve_triangular(factor, rows.T, upper=False).T
+
+    if contexts is None:
+        eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
+        answer = solve_prior(whiten(v), eye, ridge)
+    else:
+        averaged = whiten((v + generalization * contexts.double()) / (1 + generalization))
+        answer = averaged.T @ solve_prior(whiten(v) @ averaged.T, torch.eye(len(v)).to(v), ridge)
+    return answer if factor is None else torch.linalg.solve_triangular(factor.T, answer, upper=True)

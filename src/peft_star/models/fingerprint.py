@@ -13,7 +13,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,9 +21,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-
-if TYPE_CHECKING:
-    from ..tuner.config import StarConfig
 
 UNKNOWN = "unknown"
 
@@ -80,33 +77,29 @@ def matches(a: str, b: str) -> bool:
     return same is not False
 
 
-def check_base(
-    model: nn.Module, patch_config: StarConfig | Mapping[str, Any], *, allow_mismatch: bool = False
-) -> None:
+def check_base(model: nn.Module, patch_config: Mapping[str, Any], *, allow_mismatch: bool = False) -> None:
     """Refuse a patch that was solved for other weights than those of `model`.
 
     Args:
         model: A model, with or without adapters around it.
-        patch_config: The patch's configuration, as an object or as the dict in its `adapter_config.json`. One without
-            a fingerprint passes.
+        patch_config: The patch's configuration, as in its `adapter_config.json`. One without a fingerprint passes.
         allow_mismatch: Warn instead.
 
     Raises:
         ValueError: The weights are not those that the patch was solved for.
     """
-    read = patch_config.get if isinstance(patch_config, Mapping) else lambda name: getattr(patch_config, name, None)
-    recorded = read("base_fingerprint")
+    recorded = patch_config.get("base_fingerprint")
     if not recorded or matches(recorded, fingerprint(model)):
         return
-    message = _mismatch(read("base_model_name_or_path"))
+    message = _mismatch(patch_config.get("base_model_name_or_path"))
     if not allow_mismatch:
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
 
 
-def warn_of_other_base(model: nn.Module, config: StarConfig) -> None:
-    """Warn when `model` is surely not the one that the patch of `config` was solved for; says nothing otherwise."""
-    recorded = getattr(config, "base_fingerprint", None)
+def warn_of_other_base(model: nn.Module, patch_config: Mapping[str, Any]) -> None:
+    """Warn when `model` is surely not the one that a patch of this configuration was solved for; else say nothing."""
+    recorded = patch_config.get("base_fingerprint")
     if not recorded:
         return
     try:
@@ -114,7 +107,7 @@ def warn_of_other_base(model: nn.Module, config: StarConfig) -> None:
     except Exception:  # a model that this cannot walk through may carry a patch all the same
         return
     if same is False:
-        warnings.warn(_mismatch(config.base_model_name_or_path), stacklevel=2)
+        warnings.warn(_mismatch(patch_config.get("base_model_name_or_path")), stacklevel=2)
 
 
 def _mismatch(base: str | None) -> str:

@@ -1,24 +1,41 @@
-"""The model card of a patch: what it repairs, what was checked, and how to load it with and without this package."""
+"""The model card of a patch: what it repairs, what was checked, and how to load it with and without this package.
+
+A patch that was written as a LoRA gets a card of its own, which says what it is.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..loading import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, looks_like_path
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+from peft import PeftConfig
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from ..report import RepairReport
+from .download import looks_like_path
+from .patch_files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    LORA_DIR,
+    PLOT_NAME,
+    REPORT_NAME,
+    WEIGHTS_NAME,
+    Patch,
+    patch_folders,
+    read_patch_config,
+)
 
-    from ..report import RepairReport
-
-CARD_NAME, PLOT_NAME, LORA_DIR = "README.md", "report.png", "lora"
 SHOWN_ROWS = 20
+
+# the ranks that vLLM reserves memory for; an adapter of any rank up to that loads
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 _TAGS = ("peft_star", "star", "model-repair")
 _PIPELINES = {
@@ -50,9 +67,6 @@ def hub_id(name: str | None) -> str | None:
     """`name` when it is a model's id on the Hub, None when it is a path of this machine or nothing at all."""
     if not name or looks_like_path(name) or Path(name).expanduser().exists():
         return None
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -72,7 +86,7 @@ def model_card(
     repo_id: str | None = None,
     subfolder: str | None = None,
     command: str | None = None,
-    modules: list[dict[str, Any]] | None = None,
+    patch: Patch | None = None,
     lora: bool = False,
     plot: bool = False,
     metadata: Mapping[str, Any] | None = None,
@@ -88,7 +102,7 @@ def model_card(
         repo_id: The repository that the patch goes to.
         subfolder: Where in the repository the patch lies, if not at the top.
         command: The command that made the patch.
-        modules: What the patch holds, as `read_patch_modules` tells; without it the report's layers are counted.
+        patch: What the patch holds; without it the report's layers are counted.
         lora: Whether the same patch lies beside as a plain LoRA, in `lora/`.
         plot: Whether the report's picture lies beside.
         metadata: Fields of an earlier card to keep, such as a license.
@@ -113,7 +127,7 @@ def model_card(
     title = repo_id.split("/")[-1] if repo_id else f"STAR patch of {short_name(name) if name else 'a language model'}"
     sections = [
         f"# {title}",
-        f"A patch of {_size(report, modules)}{base_text}, made with peft_star. It repairs single tokens that the "
+        f"A patch of {_size(report, patch)}{base_text}, made with peft_star. It repairs single tokens that the "
         "model gets wrong: it changes the neurons that cause them, and no other weight.",
     ]
     fingerprint = read("base_fingerprint")
@@ -164,9 +178,6 @@ def write_card(
     Raises:
         ValueError: There is no patch in `directory`, or its configuration or report is damaged.
     """
-    from ..loading import read_patch_config, read_patch_modules
-    from ..report import RepairReport
-
     directory = Path(directory)
     path = directory / CARD_NAME
     folder = patch_folders(directory)[0]
@@ -187,16 +198,16 @@ def write_card(
         return path
     if own and command is None:
         command = (_COMMAND.search(text) or [None, None])[1]
-    modules = None
+    patch = None
     with contextlib.suppress(ValueError):  # a card must not cost the repair whose patch it describes
-        modules = read_patch_modules(folder)[0]
+        patch = Patch.read(folder)
     card = model_card(
         config,
         report,
         repo_id=repo_id,
         subfolder=folder.name if folder != directory else None,
         command=command,
-        modules=modules,
+        patch=patch,
         lora=(directory / LORA_DIR / CONFIG_NAME).is_file(),
         plot=(directory / PLOT_NAME).is_file(),
         metadata=fields,
@@ -220,8 +231,6 @@ def clean_card(path: Path, is_base: Callable[[str], bool] | None = None) -> None
 
 def read_card(path: Path) -> tuple[dict[str, Any], str]:
     """A card's metadata and its text; both empty when there is no card, the former when it cannot be read."""
-    import yaml
-
     if not path.is_file():
         return {}, ""
     card = path.read_text(encoding="utf-8", errors="replace")
@@ -235,23 +244,46 @@ def read_card(path: Path) -> tuple[dict[str, Any], str]:
     return (fields if isinstance(fields, dict) else {}), card[header.end() :]
 
 
-def patch_folders(directory: Path) -> list[Path]:
-    """Where in a directory patches lie: at its top, and one level below for adapters with names."""
-    found = [directory] if (directory / CONFIG_NAME).is_file() else []
-    for path in sorted(directory.glob(f"*/{CONFIG_NAME}")):
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        if isinstance(config, dict) and config.get("peft_type") == "STAR":
-            found.append(path.parent)
-    return found or [directory]
+def lora_card(rank: int, counts: Sequence[int], base: str | None) -> str:
+    """The text of the card of a patch that was written as a LoRA.
+
+    Args:
+        rank: The LoRA's rank.
+        counts: The number of neurons of each module.
+        base: What the base model was called.
+    """
+    base = hub_id(base)  # a path on the machine of the export means nothing to readers
+    fields = {**({"base_model": base} if base else {}), "library_name": "peft", "tags": ["lora", "peft-star"]}
+    vllm = next((f"--max-lora-rank {choice}" for choice in _VLLM_RANKS if rank <= choice), None)
+    vllm = f"start the server with `--enable-lora {vllm}`" if vllm else f"rank {rank} is more than it can load"
+    padding = " Modules with fewer neurons are padded with zeros to that rank." if len(set(counts)) > 1 else ""
+    return f"""{_header(fields)}
+# A model patch as LoRA
+
+This is a STAR patch of {sum(counts)} neurons in {len(counts)} modules, written by `peft_star` as a plain LoRA adapter
+of rank {rank}. It is exact, not an approximation: a neuron is a column of an FFN's second matrix, `lora_A` holds the
+one-hot selectors of the patched neurons and `lora_B` what is added to them. With `lora_alpha` = `r` the scaling is 1,
+and logits equal those of the original patch up to float rounding.{padding}
+
+It needs PEFT alone:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base or "path/to/the/base-model"}")
+model = PeftModel.from_pretrained(base, "path/to/this/directory")
+```
+
+- vLLM: {vllm}.
+- llama.cpp: `python convert_lora_to_gguf.py --base path/to/the/base-model path/to/this/directory`.
+
+Where a scale can be given, give 1. The original patch is smaller, and it is what `peft_star` can repair further.
+"""
 
 
 def _is_generic(text: str) -> bool:
     """Whether nobody has written anything into a card: all of it is the template's."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     template = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
     lines = {line.strip() for line in text.splitlines()} - template - {""}
     return all(line.startswith(_GENERIC) for line in lines)
@@ -262,8 +294,6 @@ def _hash(text: str) -> str:
 
 
 def _header(fields: Mapping[str, Any]) -> str:
-    from huggingface_hub.utils import yaml_dump
-
     return f"---\n{yaml_dump(dict(fields))}---\n"
 
 
@@ -272,9 +302,9 @@ def _own_tags(tags: Any) -> list[str]:
     return [str(tag) for tag in tags or [] if not str(tag).startswith("base_model:")] if isinstance(tags, list) else []
 
 
-def _size(report: RepairReport | None, modules: list[dict[str, Any]] | None) -> str:
-    counts = [len(module["neurons"]) for module in modules or []]
-    if not modules and report:
+def _size(report: RepairReport | None, patch: Patch | None) -> str:
+    counts = [len(neurons) for neurons in patch.neurons.values()] if patch else []
+    if not counts and report:
         counts = [len(layer.neurons) for layer in report.layers]
     if not counts:
         return ""

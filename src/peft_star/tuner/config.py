@@ -11,7 +11,8 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..loading import WEIGHTS_NAME
+from ..sharing.lora import patch_to_lora
+from ..sharing.patch_files import LORA_DIR, WEIGHTS_NAME
 
 LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
@@ -323,9 +324,7 @@ class StarConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         directory = Path(save_directory)
         if self.lora_twin and (directory / WEIGHTS_NAME).is_file():
-            from ..sharing.lora import export_lora
-
-            export_lora(directory, directory / "lora", overwrite=True)
+            patch_to_lora(directory, directory / LORA_DIR, overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; sets become sorted lists, so that saved files are reproducible."""

@@ -15,27 +15,38 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..models.quantized import readable
+from ..sharing.patch_files import INDEX_DTYPE, check_delta, check_neurons
 from .config import StarConfig
 
-INDEX_DTYPE = torch.int32
+# what [`count_of`] says of a module, in the words of its configuration
+TOO_MANY_NEURONS = (
+    "{amount} neurons were requested for the module {what}, which has only {total}; set `num_neurons` in the "
+    "StarConfig to at most {total}, or to a share in (0, 1]."
+)
 
 
-def resolve_num_neurons(num_neurons: int | float, in_features: int, name: str = "") -> int:
-    """Turn `StarConfig.num_neurons` into a number for a module that is `in_features` wide.
+def count_of(
+    amount: int | float,
+    total: int,
+    what: str,
+    too_many: str = "{amount} {what} were asked for, but there are {total}; ask for at most {total}.",
+) -> int:
+    """Turn a count (int) or a share (float in (0, 1]) of `total` into a count; a share is rounded, but at least 1.
 
-    A share is rounded, but never to less than one neuron.
+    Args:
+        amount: The count or the share.
+        total: How many there are.
+        what: What is counted, for the message.
+        too_many: The message, with `{amount}`, `{total}` and `{what}`.
 
     Raises:
-        ValueError: The module has fewer neurons than were asked for.
+        ValueError: More than there are.
     """
-    if isinstance(num_neurons, float):
-        return min(in_features, max(1, round(num_neurons * in_features)))
-    if num_neurons > in_features:
-        raise ValueError(
-            f"{num_neurons} neurons were requested for the module {name or 'to adapt'}, which has only {in_features}; "
-            f"set `num_neurons` in the StarConfig to at most {in_features}, or to a share in (0, 1]."
-        )
-    return num_neurons
+    if isinstance(amount, float):
+        return min(total, max(1, round(amount * total)))
+    if amount > total:
+        raise ValueError(too_many.format(amount=amount, total=total, what=what))
+    return amount
 
 
 def spread_neurons(num_neurons: int, in_features: int) -> torch.Tensor:
@@ -45,54 +56,6 @@ def spread_neurons(num_neurons: int, in_features: int) -> torch.Tensor:
     """
     odd = 2 * torch.arange(num_neurons, dtype=torch.int64) + 1
     return (odd * in_features // (2 * num_neurons)).to(INDEX_DTYPE)
-
-
-def check_neurons(neurons: torch.Tensor, in_features: int, name: str) -> torch.Tensor:
-    """Return `neurons` as an int32 vector (k,), or say what is wrong with it.
-
-    Args:
-        neurons: Indices of neurons in any order.
-        in_features: The number of neurons of the module.
-        name: The module, for the message.
-
-    Raises:
-        TypeError: The indices are not integers.
-        ValueError: The indices are not a vector, empty, repeated or out of range.
-    """
-    if not isinstance(neurons, torch.Tensor):
-        neurons = torch.as_tensor(neurons)
-    if neurons.dtype == torch.bool or neurons.dtype.is_floating_point or neurons.dtype.is_complex:
-        raise TypeError(f"The neurons of {name} should be integer indices, got a tensor of dtype {neurons.dtype}.")
-    if neurons.dim() != 1:
-        raise ValueError(f"The neurons of {name} should be a vector, got a tensor of shape {tuple(neurons.shape)}.")
-    if neurons.numel() == 0:
-        raise ValueError(f"The neurons of {name} are empty; a patched module needs at least one neuron.")
-    # in int64, so that unsigned or small integer types neither wrap around nor miss an operator
-    wide = neurons.to(torch.int64)
-    if wide.min() < 0 or wide.max() >= in_features:
-        bad = wide[(wide < 0) | (wide >= in_features)][0].item()
-        raise ValueError(f"The neurons of {name} should be in [0, {in_features}), got {bad}.")
-    if torch.unique(wide).numel() != wide.numel():
-        raise ValueError(f"The neurons of {name} should be unique, but some index occurs twice.")
-    return wide.to(INDEX_DTYPE)
-
-
-def check_delta(delta: torch.Tensor, num_neurons: int, out_features: int, name: str) -> None:
-    """Say what is wrong with the `delta` (k, d_out) of the module `name`, if anything is.
-
-    Raises:
-        TypeError: The delta is not a floating point tensor.
-        ValueError: The delta has the wrong shape or holds NaN or infinity.
-    """
-    if not isinstance(delta, torch.Tensor) or not delta.dtype.is_floating_point:
-        raise TypeError(f"The delta of {name} should be a floating point tensor.")
-    if tuple(delta.shape) != (num_neurons, out_features):
-        raise ValueError(
-            f"The delta of {name} should have the shape {(num_neurons, out_features)} (neurons, out_features), "
-            f"got {tuple(delta.shape)}."
-        )
-    if not torch.isfinite(delta).all():
-        raise ValueError(f"The delta of {name} holds NaN or infinite values.")
 
 
 def execution_device(base_layer: nn.Module) -> torch.device | None:
@@ -192,7 +155,7 @@ class StarLayer(BaseTunerLayer):
         """
         if num_neurons <= 0:
             raise ValueError(f"`num_neurons` should be a positive integer value but the value passed is {num_neurons}")
-        num_neurons = resolve_num_neurons(int(num_neurons), self.in_features, module_name)
+        num_neurons = count_of(int(num_neurons), self.in_features, module_name or "to adapt", TOO_MANY_NEURONS)
 
         init = torch.zeros if config.init_weights else torch.randn
         self.star_delta[adapter_name] = nn.Parameter(init(num_neurons, self.out_features))
@@ -220,7 +183,7 @@ class StarLayer(BaseTunerLayer):
             )
 
     @torch.no_grad()
-    def _replace_tensors(self, adapter_name: str, neurons: torch.Tensor, delta: torch.Tensor | None) -> None:
+    def replace_tensors(self, adapter_name: str, neurons: torch.Tensor, delta: torch.Tensor | None) -> None:
         """Put checked values in the place of an adapter's tensors, with the old device, dtype and requires_grad."""
         old_delta, old_neurons = self.star_delta[adapter_name], self.star_neurons[adapter_name]
         shape = (neurons.numel(), self.out_features)
@@ -264,7 +227,7 @@ class StarLayer(BaseTunerLayer):
         neurons = check_neurons(neurons, self.in_features, name)
         if delta is not None:
             check_delta(delta, neurons.numel(), self.out_features, name)
-        self._replace_tensors(adapter_name, neurons, delta)
+        self.replace_tensors(adapter_name, neurons, delta)
 
     def _merged(self, columns: torch.Tensor, delta: torch.Tensor, adapter_name: str, safe_merge: bool) -> torch.Tensor:
         """`columns + delta` in the dtype of `columns`; raises ValueError when `safe_merge` finds it is not finite."""
@@ -278,6 +241,15 @@ class StarLayer(BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT's conversion is an SVD, which is lossy; the exact LoRA twin of a patch is made by `export_lora`
         return False
+
+
+def star_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, StarLayer]:
+    """The STAR layers in `model`, or just those with the adapter, by the names that `named_modules` gives them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StarLayer) and (adapter_name is None or adapter_name in module.star_delta)
+    }
 
 
 class Linear(nn.Module, StarLayer):

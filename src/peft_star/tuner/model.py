@@ -3,73 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _find_minimal_target_modules
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import _get_submodules
 from torch import nn
 
 from ..models import structure
 from ..models.fingerprint import warn_of_other_base
+from ..models.names import condense, own_keys, plain_name, select
 from ..models.quantized import mend_packing
 from ..sharing.hub import keep_own_card
+from ..sharing.patch_files import DELTA, INDEX_DTYPE, NEURONS, check_delta, check_neurons
 from .config import StarConfig
 from .experts import Experts
-from .layer import (
-    INDEX_DTYPE,
-    Linear,
-    StarLayer,
-    check_delta,
-    check_neurons,
-    execution_device,
-    resolve_num_neurons,
-)
-
-# what wrappers insert into module names; `neurons_per_module` speaks of the names without them
-_WRAPPER_PREFIXES = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
-_PEFT_PREFIX = "base_model.model."
+from .layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, execution_device, star_layers
 
 
-def _plain_name(name: str) -> str:
-    """Return a module's name as it is in the base model, without what wrappers insert."""
-    return _WRAPPER_PREFIXES.sub("", name).lstrip(".").removeprefix(_PEFT_PREFIX)
-
-
-def _own_key_list(model: nn.Module) -> list[str]:
-    """Return the names of the modules in `model` that do not lie inside of a tuner layer."""
-    tuner_layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return [name for name, _ in model.named_modules() if name and not name.startswith(tuner_layers)]
-
-
-def _matches(target_modules: set[str], name: str) -> bool:
-    return name in target_modules or any(name.endswith(f".{target}") for target in target_modules)
-
-
-def _select(targets: Iterable[str], key_list: list[str]) -> set[str] | str:
-    """Return a `target_modules` that selects just `targets` among `key_list`: their full names where that works."""
-    wanted = set(targets)
-    if all(_matches(wanted, key) == (key in wanted) for key in key_list):
-        return wanted
-    # a full name is the end of another full name, so only a regex is exact
-    return "|".join(re.escape(name) for name in sorted(wanted))
-
-
-def _condense(targets: Iterable[str], key_list: list[str]) -> set[str] | None:
-    """Return the shortest suffixes that select just `targets` among `key_list`, or None when there are none."""
-    wanted = set(targets)
-    condensed = _find_minimal_target_modules(wanted, [key for key in key_list if key not in wanted])
-    # PEFT does not apply `layers_to_transform` to full names, so these do not count as suffixes
-    if condensed.isdisjoint(wanted) and all(_matches(condensed, key) == (key in wanted) for key in key_list):
-        return condensed
-    return None
-
-
-def _record_counts(config: StarConfig, counts: dict[str, int]) -> None:
+def record_counts(config: StarConfig, counts: dict[str, int]) -> None:
     """Write the numbers of neurons of the modules, by plain name, into the config."""
     if len(set(counts.values())) == 1:
         config.num_neurons = next(iter(counts.values()))
@@ -79,17 +35,35 @@ def _record_counts(config: StarConfig, counts: dict[str, int]) -> None:
         config.neurons_per_module = dict(sorted(counts.items()))
 
 
-def _record_widths(config: StarConfig, layers: dict[str, StarLayer]) -> None:
-    """Write how many neurons the modules have in all, by plain name, into the config: converting a patch needs it."""
-    widths = {
-        _plain_name(name): [layer.num_experts, layer.neurons_per_expert]
+def widths_of(layers: Mapping[str, StarLayer]) -> dict[str, int | list[int]]:
+    """How many neurons the modules have in all, by plain name; of routed experts, how many there are and in each."""
+    return {
+        plain_name(name): [layer.num_experts, layer.neurons_per_expert]
         if isinstance(layer, Experts)
         else layer.in_features
         for name, layer in layers.items()
     }
+
+
+def _record_widths(config: StarConfig, layers: Mapping[str, StarLayer]) -> None:
+    """Write how many neurons the modules have in all into the config: converting a patch needs it."""
+    widths = widths_of(layers)
     values = list(widths.values())
     same = len(values) > 0 and values.count(values[0]) == len(values)
     config.in_features = values[0] if same else dict(sorted(widths.items())) or None
+
+
+def _patched_neurons(
+    layers: Mapping[str, StarLayer], adapter_name: str
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The neurons that hold a delta other than zero, on the CPU, with copies of these deltas, by module."""
+    found = {}
+    for name, layer in layers.items():
+        delta = layer.star_delta[adapter_name].detach()
+        used = delta.abs().amax(dim=1) > 0
+        if used.any():
+            found[name] = layer.star_neurons[adapter_name][used].cpu(), delta[used].clone()
+    return found
 
 
 def _neuron_shape(target: nn.Module) -> tuple[int, int]:
@@ -151,8 +125,8 @@ class StarModel(BaseTuner):
             return peft_config
 
         targets = list(structure.find_second_matrices(self.model))
-        key_list = _own_key_list(self.model)
-        condensed = _condense(targets, key_list)
+        keys = own_keys(self.model)
+        condensed = condense(targets, keys)
         if condensed is not None:
             peft_config.target_modules = condensed
             return peft_config
@@ -169,15 +143,15 @@ class StarModel(BaseTuner):
             targets = chosen
             # it has been applied, and PEFT would not apply it to full names
             peft_config.layers_to_transform = peft_config.layers_pattern = None
-        peft_config.target_modules = _select(targets, key_list)
+        peft_config.target_modules = select(targets, keys)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config, layers = self.peft_config[adapter_name], self._star_layers(adapter_name)
-        warn_of_other_base(self.model, config)
+        config = self.peft_config[adapter_name]
+        warn_of_other_base(self.model, config.to_dict())
         mend_packing(self.model)
-        _record_widths(config, layers)
+        _record_widths(config, star_layers(self.model, adapter_name))
 
     def _create_and_replace(
         self,
@@ -192,14 +166,14 @@ class StarModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
 
-        name = _plain_name(current_key)
+        name = plain_name(current_key)
         counts = star_config.neurons_per_module or {}
         num_neurons = counts.get(name, star_config.num_neurons)
         kwargs = get_quantization_kwargs(self.model)
 
         if isinstance(target, StarLayer):
             layer = target
-            num_neurons = resolve_num_neurons(num_neurons, layer.in_features, name)
+            num_neurons = count_of(num_neurons, layer.in_features, name, TOO_MANY_NEURONS)
             layer.update_layer(adapter_name, num_neurons, config=star_config, module_name=name, **kwargs)
         else:
             layer = self._create_new_module(star_config, adapter_name, target, num_neurons, name, **kwargs)
@@ -226,7 +200,7 @@ class StarModel(BaseTuner):
                 f"Target module {name} already carries an adapter of another method ({type(target).__name__}). STAR "
                 "does not support nested base layers; merge or delete the other adapter first."
             )
-        num_neurons = resolve_num_neurons(num_neurons, _neuron_shape(target)[0], name)
+        num_neurons = count_of(num_neurons, _neuron_shape(target)[0], name, TOO_MANY_NEURONS)
         layer_cls = Linear if structure.routed_shape(target) is None else Experts
         return layer_cls(target, adapter_name, config=star_config, num_neurons=num_neurons, module_name=name, **kwargs)
 
@@ -266,14 +240,7 @@ class StarModel(BaseTuner):
     # Retarget   #
     ##############
 
-    def _star_layers(self, adapter_name: str | None = None) -> dict[str, StarLayer]:
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, StarLayer) and (adapter_name is None or adapter_name in module.star_delta)
-        }
-
-    def retarget(self, adapter_name: str, neurons: dict[str, torch.Tensor]) -> None:
+    def retarget(self, adapter_name: str, neurons: Mapping[str, torch.Tensor], keep_deltas: bool = False) -> None:
         """Make exactly the named modules carry the adapter, with the given neurons and deltas of zero.
 
         The adapter is taken off all other modules; a module that is left without adapters gets its base layer back.
@@ -283,6 +250,8 @@ class StarModel(BaseTuner):
             adapter_name: An adapter of this model.
             neurons: From names of modules in the base model to integer indices (k,) of neurons in that module, unique
                 and in any order. k may differ between modules.
+            keep_deltas: Whether neurons that already hold a delta other than zero stay, with that delta. A module
+                that holds some has the union of both, in ascending order.
 
         Raises:
             ValueError: The adapter does not exist or is merged, a module does not exist or carries an adapter of
@@ -291,10 +260,8 @@ class StarModel(BaseTuner):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        if not neurons:
-            raise ValueError("`neurons` names no module; a patch needs at least one.")
         config = self.peft_config[adapter_name]
-        current = self._star_layers(adapter_name)
+        current = star_layers(self.model, adapter_name)
         if any(adapter_name in layer.merged_adapters for layer in current.values()):
             raise ValueError(f"Adapter {adapter_name} cannot be retargeted while it is merged. Unmerge it first.")
 
@@ -307,7 +274,12 @@ class StarModel(BaseTuner):
             if isinstance(target, BaseTunerLayer) and not isinstance(target, StarLayer):
                 raise ValueError(f"Module {name!r} already carries an adapter of another method.")
             checked[name] = check_neurons(indices, _neuron_shape(target)[0], name)
-        target_modules = self._exact_target_modules(config, checked)
+        kept = _patched_neurons(current, adapter_name) if keep_deltas else {}
+        for name, (indices, _) in kept.items():
+            checked[name] = torch.cat([checked[name].cpu(), indices]).unique() if name in checked else indices.unique()
+        if not checked:
+            raise ValueError("`neurons` names no module; a patch needs at least one.")
+        target_modules = self.exact_target_modules(config, checked)
 
         # a new layer takes over how the adapter is kept elsewhere: its dtype, trainability and the switched-off state
         any_layer = next(iter(current.values()), None)
@@ -317,7 +289,7 @@ class StarModel(BaseTuner):
             if any_delta is not None
             else adapter_name in self.active_adapters and not config.inference_mode
         )
-        disabled = any(layer.disable_adapters for layer in self._star_layers().values())
+        disabled = any(layer.disable_adapters for layer in star_layers(self.model).values())
 
         for name, layer in current.items():
             if name not in checked:
@@ -332,24 +304,29 @@ class StarModel(BaseTuner):
                 dtype = delta.dtype if any_delta is None else any_delta.dtype
                 layer.star_delta[adapter_name] = nn.Parameter(delta.detach().to(dtype), requires_grad=requires_grad)
             layer.set_neurons(adapter_name, indices)
+            if name in kept:
+                old_indices, old_delta = kept[name]
+                rows = torch.searchsorted(indices, old_indices).to(old_delta.device)
+                with torch.no_grad():
+                    layer.star_delta[adapter_name][rows] = old_delta
 
         # PEFT condenses many exact names into suffixes on loading, which is the same selection
         config.target_modules = target_modules
         config.layers_to_transform = None
         config.layers_pattern = None
         config.exclude_modules = None
-        _record_counts(config, {_plain_name(name): indices.numel() for name, indices in checked.items()})
+        record_counts(config, {plain_name(name): indices.numel() for name, indices in checked.items()})
         _record_widths(config, {name: self.model.get_submodule(name) for name in checked})
-        self.targeted_module_names = list(self._star_layers())
+        self.targeted_module_names = list(star_layers(self.model))
 
-    def _exact_target_modules(self, config: StarConfig, names: Iterable[str]) -> set[str] | str:
+    def exact_target_modules(self, config: StarConfig, names: Iterable[str]) -> set[str] | str:
         """Return a `target_modules` that selects just `names`, as PEFT will match it on loading."""
-        plain_names = [_plain_name(name) for name in names]
+        plain_names = [plain_name(name) for name in names]
         for module_name in config.modules_to_save or []:
             for name in plain_names:
                 if re.match(rf"(^|.*\.){module_name}($|\..*)", name):
                     raise ValueError(f"Module {name!r} cannot be patched, as it is one of `modules_to_save`.")
-        return _select(plain_names, [_plain_name(key) for key in _own_key_list(self.model)])
+        return select(plain_names, [plain_name(key) for key in own_keys(self.model)])
 
     def _remove_from_layer(self, name: str, layer: StarLayer, adapter_name: str) -> None:
         # not layer.delete_adapter: the adapter goes on to exist in other layers, so it stays active in this one
@@ -386,6 +363,11 @@ class StarModel(BaseTuner):
     # State dict serialization #
     ############################
 
+    @staticmethod
+    def _before_save(model: nn.Module) -> None:
+        """What has to happen before a model is saved. PEFT has no hook for it, but asks for the tensors then."""
+        keep_own_card(model)  # before a push, PEFT saves
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -395,15 +377,13 @@ class StarModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        keep_own_card(model)  # PEFT asks for the tensors whenever it saves, and before a push it saves
+        cls._before_save(model)
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # a state dict that was gathered from parameters only lacks the indices, without which the deltas mean nothing
-        for name, module in model.named_modules():
-            if isinstance(module, StarLayer) and adapter_name in module.star_neurons:
-                name = name.removeprefix("_fsdp_wrapped_module.")
-                if f"{name}.star_delta.{adapter_name}" in to_return:
-                    key = f"{name}.star_neurons.{adapter_name}"
-                    to_return.setdefault(key, module.star_neurons[adapter_name])
+        for name, layer in star_layers(model, adapter_name).items():
+            name = name.removeprefix("_fsdp_wrapped_module.")
+            if f"{name}.{DELTA}.{adapter_name}" in to_return:
+                to_return.setdefault(f"{name}.{NEURONS}.{adapter_name}", layer.star_neurons[adapter_name])
         return to_return
 
     @classmethod
@@ -423,15 +403,14 @@ class StarModel(BaseTuner):
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {
-            name.removeprefix("_fsdp_wrapped_module."): module
-            for name, module in model.named_modules()
-            if isinstance(module, StarLayer) and adapter_name in module.star_delta
+            name.removeprefix("_fsdp_wrapped_module."): layer
+            for name, layer in star_layers(model, adapter_name).items()
         }
-        wanted_keys = {f"{name}.{attr}.{adapter_name}" for name in layers for attr in ("star_delta", "star_neurons")}
+        wanted_keys = {f"{name}.{attribute}.{adapter_name}" for name in layers for attribute in (DELTA, NEURONS)}
 
         for key in remapped:
             module_name, _, attribute = key.rpartition(".")
-            if attribute in ("star_delta", "star_neurons") and key not in wanted_keys:
+            if attribute in (DELTA, NEURONS) and key not in wanted_keys:
                 raise ValueError(
                     f"The patch holds `{attribute}` of the module {module_name}, which the model does not have or "
                     "which `target_modules` does not select."
@@ -440,18 +419,18 @@ class StarModel(BaseTuner):
         # check everything before anything is changed
         loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, layer in layers.items():
-            delta_key, neurons_key = (f"{name}.{attr}.{adapter_name}" for attr in ("star_delta", "star_neurons"))
+            delta_key, neurons_key = (f"{name}.{attribute}.{adapter_name}" for attribute in (DELTA, NEURONS))
             delta, neurons = remapped.get(delta_key), remapped.get(neurons_key)
             if delta is None and neurons is None:
                 continue  # PEFT reports missing keys
-            plain_name = _plain_name(name)
+            module = plain_name(name)
             if delta is None or neurons is None:
-                missing = "star_delta" if delta is None else "star_neurons"
-                raise ValueError(f"The patch of the module {plain_name} lacks its `{missing}`.")
+                missing = DELTA if delta is None else NEURONS
+                raise ValueError(f"The patch of the module {module} lacks its `{missing}`.")
             if adapter_name in layer.merged_adapters:
                 raise ValueError(f"Adapter {adapter_name} cannot be loaded while it is merged. Unmerge it first.")
-            checked = check_neurons(neurons, layer.in_features, f"the module {plain_name}")
-            check_delta(delta, checked.numel(), layer.out_features, f"the module {plain_name}")
+            checked = check_neurons(neurons, layer.in_features, f"the module {module}")
+            check_delta(delta, checked.numel(), layer.out_features, f"the module {module}")
             loaded[name] = (checked, delta)
 
         counts = {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()}
@@ -459,7 +438,7 @@ class StarModel(BaseTuner):
         for name, (neurons, _) in loaded.items():
             layer = layers[name]
             # with low_cpu_mem_usage the loaded tensor itself becomes the buffer, so it needs the right dtype
-            remapped[f"{name}.star_neurons.{adapter_name}"] = neurons.to(INDEX_DTYPE)
+            remapped[f"{name}.{NEURONS}.{adapter_name}"] = neurons.to(INDEX_DTYPE)
             old_delta, old_neurons = layer.star_delta[adapter_name], layer.star_neurons[adapter_name]
             if counts[name] != neurons.numel():
                 shape = (neurons.numel(), layer.out_features)
@@ -471,5 +450,5 @@ class StarModel(BaseTuner):
                 counts[name] = neurons.numel()
                 resized = True
         if resized:
-            _record_counts(config, {_plain_name(name): count for name, count in counts.items()})
+            record_counts(config, {plain_name(name): count for name, count in counts.items()})
         return remapped

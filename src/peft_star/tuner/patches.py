@@ -1,7 +1,7 @@
-"""Several patches as one, and another patch in the place of a loaded one.
+"""Several patches as one, another patch in the place of a loaded one, and a patch as a plain LoRA.
 
-PEFT offers both for LoRA, by code that asks for LoRA. For sparse deltas both are simple and exact: the sum of patches
-is a patch on the union of their neurons, and a patch is two small tensors for each module.
+PEFT offers the former two for LoRA, by code that asks for LoRA. For sparse deltas all are simple and exact: the sum of
+patches is a patch on the union of their neurons, and a patch is two small tensors for each module.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..loading import WEIGHTS_NAME, find_patch, read_patch_config, read_patch_modules
 from ..models.fingerprint import warn_of_other_base
-from .layer import StarLayer, check_delta, check_neurons
-from .model import StarModel, _plain_name, _record_counts
-
-_PEFT_PREFIX = "base_model.model."
+from ..models.names import own_keys, plain_name, select
+from ..sharing.download import find_patch
+from ..sharing.lora import patch_to_lora, write_lora
+from ..sharing.patch_files import Patch
+from .layer import StarLayer, star_layers
+from .model import StarModel, record_counts, widths_of
 
 
 def combine_patches(
@@ -51,7 +52,9 @@ def combine_patches(
     adapters, factors = _check_parts(tuner, adapters, weights)
     _check_new_name(tuner, new_name)
 
-    parts = [{_plain_name(name): layer for name, layer in tuner._star_layers(adapter).items()} for adapter in adapters]
+    parts = [
+        {plain_name(name): layer for name, layer in star_layers(tuner.model, adapter).items()} for adapter in adapters
+    ]
     for adapter, layers in zip(adapters, parts):
         _check_layers(layers, adapter, "combined")
     combined = {
@@ -67,10 +70,10 @@ def combine_patches(
     }
 
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
-    config.target_modules = tuner._exact_target_modules(config, combined)
+    config.target_modules = tuner.exact_target_modules(config, combined)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.init_weights = True
-    _record_counts(config, {name: neurons.numel() for name, (neurons, _) in combined.items()})
+    record_counts(config, {name: neurons.numel() for name, (neurons, _) in combined.items()})
     recorded = [tuner.peft_config[adapter].base_fingerprint for adapter in adapters]
     config.base_fingerprint = next(filter(None, recorded), None)
 
@@ -78,8 +81,8 @@ def combine_patches(
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.add_adapter(new_name, config)
     with torch.no_grad():
-        for name, layer in tuner._star_layers(new_name).items():
-            neurons, delta = combined[_plain_name(name)]
+        for name, layer in star_layers(tuner.model, new_name).items():
+            neurons, delta = combined[plain_name(name)]
             old = layer.star_delta[new_name]
             layer.star_delta[new_name] = nn.Parameter(delta.to(old.device), requires_grad=old.requires_grad)
             layer.star_neurons[new_name] = neurons.to(old.device)
@@ -124,11 +127,7 @@ def swap_patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_patch() takes a model, got a {type(model).__name__}.")
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    layers = {
-        _plain_name(name): module
-        for name, module in inner.named_modules()
-        if isinstance(module, StarLayer) and adapter_name in module.star_delta
-    }
+    layers = {plain_name(name): layer for name, layer in star_layers(inner, adapter_name).items()}
     config = (getattr(inner, "peft_config", None) or {}).get(adapter_name)
     if not layers or config is None:
         raise ValueError(
@@ -139,10 +138,10 @@ def swap_patch(
     if config.modules_to_save:
         raise ValueError(f"Adapter {adapter_name!r} holds `modules_to_save`, which cannot be swapped in place.")
 
-    new_config, tensors = _read_patch(patch, layers, adapter_name, revision, token)
+    new = _read_patch(patch, layers, adapter_name, revision, token)
 
     in_place = all(
-        neurons.shape == layers[name].star_neurons[adapter_name].shape for name, (neurons, _) in tensors.items()
+        neurons.shape == layers[name].star_neurons[adapter_name].shape for name, neurons in new.neurons.items()
     )
     if not in_place and _is_compiled(model):
         warnings.warn(
@@ -151,18 +150,58 @@ def swap_patch(
             stacklevel=2,
         )
     for name, layer in layers.items():
-        if name in tensors:
-            layer._replace_tensors(adapter_name, *tensors[name])
+        if name in new.neurons:
+            layer.replace_tensors(adapter_name, new.neurons[name], new.deltas[name])
         else:
             with torch.no_grad():
                 layer.star_delta[adapter_name].zero_()
-    _record_counts(config, {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()})
-    config.base_fingerprint = new_config.get("base_fingerprint")
+    record_counts(config, {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()})
+    config.base_fingerprint = new.config.get("base_fingerprint")
     # what was reported of the old patch says nothing of the new one
     for owner in (inner, getattr(inner, "base_model", None)):
         getattr(owner, "__dict__", {}).get("repair_reports", {}).pop(adapter_name, None)
-    warn_of_other_base(inner, config)
+    warn_of_other_base(inner, config.to_dict())
     return in_place
+
+
+def export_lora(
+    model_or_path: nn.Module | str | Path,
+    out_dir: str | Path,
+    adapter_name: str = "default",
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a STAR patch as an exact LoRA adapter in PEFT's format.
+
+    For each patched module the LoRA holds A (r, m) with the one-hot selectors of its k neurons and B (d, r) with
+    deltaᵀ, in the patch's dtype. r is the largest k of all modules and lora_alpha = r; modules with fewer neurons are
+    padded with zeros, because one rank for all is what every LoRA loader reads alike: vLLM and llama.cpp know no
+    `rank_pattern`. Logits equal those of the patch up to float rounding.
+
+    Args:
+        model_or_path: A model with a STAR adapter (`PeftModel`, or a transformers model after `load_adapter`), or a
+            patch: a directory or a Hub id. A patch is converted without its base model.
+        out_dir: The directory to write. It appears complete or not at all.
+        adapter_name: The adapter of the model; of no meaning for a patch on disk.
+        overwrite: Whether an adapter that `out_dir` already holds may be replaced.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        ValueError: There is no such patch, it is merged, it is not valid, it holds what a plain LoRA cannot
+            (`modules_to_save`), or `out_dir` is not empty.
+        FileNotFoundError: Nothing lies at the path of the patch.
+        TypeError: `model_or_path` is neither a model nor a path.
+    """
+    if isinstance(model_or_path, (str, Path)):
+        return patch_to_lora(model_or_path, out_dir, overwrite=overwrite)
+    if not isinstance(model_or_path, nn.Module):
+        raise TypeError(f"export_lora() takes a model or the path of a patch, got a {type(model_or_path).__name__}.")
+    patch = _take_off(model_or_path, adapter_name)
+    layers = star_layers(model_or_path, adapter_name).values()
+    fan_in_fan_out = all(layer.fan_in_fan_out for layer in layers)
+    return write_lora(patch, out_dir, overwrite=overwrite, fan_in_fan_out=fan_in_fan_out)
 
 
 def _check_parts(
@@ -237,33 +276,55 @@ def _weighted_sum(
 
 def _read_patch(
     patch: str | Path, layers: dict[str, StarLayer], adapter_name: str, revision: str | None, token: str | None
-) -> tuple[dict, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """A patch's configuration and its neurons and deltas by module, checked against the layers of the adapter."""
-    from safetensors.torch import load_file
-
-    directory = find_patch(patch, revision=revision, token=token)
-    config = read_patch_config(directory)
-    modules, others = read_patch_modules(directory)
-    if others or config.get("modules_to_save"):
+) -> Patch:
+    """A saved patch, checked against the layers of the adapter."""
+    read = Patch.read(find_patch(patch, revision=revision, token=token))
+    if read.others or read.config.get("modules_to_save"):
         raise ValueError(f"{patch} also holds whole modules (`modules_to_save`), which cannot be swapped in place.")
-    loaded = load_file(directory / WEIGHTS_NAME)
-    tensors = {}
-    for module in modules:
-        name = module["name"]
+    for name in read.neurons:
         if name not in layers:
             raise ValueError(
                 f"{patch} patches {name}, which adapter {adapter_name!r} does not hold, so it cannot be swapped in "
                 "place; load it as an adapter of its own with load_adapter."
             )
-        neurons, delta = (loaded[f"{_PEFT_PREFIX}{name}.{part}"] for part in ("star_neurons", "star_delta"))
-        layer = layers[name]
-        neurons = check_neurons(neurons, layer.in_features, f"{patch} in {name}")
-        check_delta(delta, neurons.numel(), layer.out_features, f"{patch} in {name}")
-        dtype = layer.star_delta[adapter_name].dtype
+    read = read.check(_shapes(layers), f"{patch} in ")
+    for name, delta in read.deltas.items():
+        dtype = layers[name].star_delta[adapter_name].dtype
         if not torch.isfinite(delta.to(dtype)).all():
             raise ValueError(f"The delta of {patch} in {name} is too large for the adapter's {dtype}.")
-        tensors[name] = neurons, delta
-    return config, tensors
+    return read
+
+
+def _take_off(model: nn.Module, adapter_name: str) -> Patch:
+    """The patch that a model carries, with what its export has to know in the configuration."""
+    layers = {plain_name(name): layer for name, layer in star_layers(model, adapter_name).items()}
+    if not layers:
+        names = sorted({name for layer in star_layers(model).values() for name in layer.star_delta})
+        has = f"only {', '.join(map(repr, names))}" if names else "none at all"
+        raise ValueError(f"The model has no STAR adapter {adapter_name!r}; it has {has}.")
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; unmerge it before the export.")
+    neurons = {name: layer.star_neurons[adapter_name] for name, layer in layers.items()}
+    deltas = {name: layer.star_delta[adapter_name].detach() for name, layer in layers.items()}
+    for name in layers:
+        if neurons[name].is_meta or deltas[name].is_meta:
+            raise ValueError(f"The adapter {adapter_name!r} of {name} holds no values yet; load it before the export.")
+    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    keys = [key for key in map(plain_name, own_keys(model)) if key]
+    return Patch(
+        {
+            **(config.to_dict() if config else {}),
+            "in_features": widths_of(layers),
+            "target_modules": select(layers, keys),
+            "exclude_modules": None,
+        },
+        neurons,
+        deltas,
+    ).check(_shapes(layers))
+
+
+def _shapes(layers: dict[str, StarLayer]) -> dict[str, tuple[int, int]]:
+    return {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -1,0 +1,255 @@
+"""A patch as files: what they are called, and the one place where they are read, checked and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from ..files import check_output, write_json
+from ..models.names import PEFT_PREFIX
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+ANY_WEIGHTS = "adapter_model.*"  # also in what form other versions of PEFT save them
+REPORT_NAME = "repair_report.json"
+CARD_NAME, PLOT_NAME = "README.md", "report.png"
+# where in a patch's directory the same patch lies as a LoRA
+LORA_DIR = "lora"
+
+INDEX_DTYPE = torch.int32
+NEURONS, DELTA = "star_neurons", "star_delta"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch by the plain names of its modules, in order of depth.
+
+    Attributes:
+        config: What its `adapter_config.json` says.
+        neurons: From module names to integer indices (k,) of neurons; k may differ between modules.
+        deltas: From module names to deltas (k, d_out), in the order of the neurons.
+        others: Names of other tensors in the file, which belong to `modules_to_save`.
+    """
+
+    config: dict[str, Any]
+    neurons: dict[str, torch.Tensor]
+    deltas: dict[str, torch.Tensor]
+    others: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, directory: Path) -> Patch:
+        """Read a patch from a directory, and check what can be checked without its base model.
+
+        Raises:
+            ValueError: The directory holds no STAR patch, or a damaged one.
+        """
+        return cls(read_patch_config(directory), *_read_tensors(directory / WEIGHTS_NAME))
+
+    def check(self, shapes: Mapping[str, tuple[int, int]], where: str = "") -> Patch:
+        """Hold the patch against the modules that it is for.
+
+        Args:
+            shapes: The number of neurons and of outputs of each module.
+            where: What stands before a module's name in messages.
+
+        Returns:
+            The patch with neurons in the data type that layers keep them in.
+
+        Raises:
+            ValueError, TypeError: Neurons or a delta do not fit; the message names the module.
+        """
+        neurons = {}
+        for name, indices in self.neurons.items():
+            in_features, out_features = shapes[name]
+            neurons[name] = check_neurons(indices, in_features, f"{where}{name}")
+            check_delta(self.deltas[name], neurons[name].numel(), out_features, f"{where}{name}")
+        return replace(self, neurons=neurons)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Each module's name, neurons, number of outputs, and its delta's Frobenius norm and largest entry."""
+        return [
+            {
+                "name": name,
+                "neurons": self.neurons[name].tolist(),
+                "outputs": delta.shape[1],
+                "norm": float(delta.float().norm()),
+                "max": float(delta.float().abs().max()) if delta.numel() else 0.0,
+            }
+            for name, delta in self.deltas.items()
+        ]
+
+
+def read_patch_config(directory: Path) -> dict[str, Any]:
+    """A patch's `adapter_config.json`, checked to be that of a STAR patch.
+
+    Raises:
+        ValueError: It is missing, damaged, or that of another method.
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        is_model = (directory / "config.json").is_file()
+        raise ValueError(f"{directory} holds {'a model' if is_model else 'no patch'}: it has no {CONFIG_NAME}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if peft_type != "STAR":
+        raise ValueError(f"{directory} holds an adapter of type {peft_type}, not a STAR patch.")
+    return config
+
+
+def read_patch_modules(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a patch holds: one entry for each patched module, and the names of other tensors (`modules_to_save`).
+
+    Raises:
+        ValueError: The weights are missing, damaged, or not those of a STAR patch.
+    """
+    patch = Patch({}, *_read_tensors(directory / WEIGHTS_NAME))
+    return patch.summary(), list(patch.others)
+
+
+def is_patch(directory: Path) -> bool:
+    """Whether a directory holds a STAR patch, by its configuration."""
+    try:
+        read_patch_config(directory)
+    except ValueError:
+        return False
+    return True
+
+
+def patch_folders(directory: Path) -> list[Path]:
+    """Where in a directory patches lie: at its top, and one level below for adapters with names."""
+    found = [directory] if (directory / CONFIG_NAME).is_file() else []
+    found += [path.parent for path in sorted(directory.glob(f"*/{CONFIG_NAME}")) if is_patch(path.parent)]
+    return found or [directory]
+
+
+def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write an adapter's weights and configuration in PEFT's format.
+
+    Args:
+        directory: It exists.
+        config: In JSON types.
+        tensors: By names as in the base model.
+    """
+    named = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(named, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    write_config(directory / CONFIG_NAME, config)
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write an adapter's configuration as PEFT does: in ASCII, which it reads in whatever encoding a machine has."""
+    write_json(path, config, indent=2, sort_keys=True, ensure_ascii=True)
+
+
+def check_patch_output(path: Path, overwrite: bool, inputs: tuple[str | Path | None, ...] = ()) -> None:
+    """Refuse an output where no adapter could or should be written; an earlier one goes with its LoRA twin.
+
+    Args and errors: as of [`check_output`].
+    """
+    check_output(path, overwrite, CONFIG_NAME, inputs, part=f"{LORA_DIR}/{CONFIG_NAME}")
+
+
+def check_neurons(neurons: torch.Tensor, in_features: int, name: str) -> torch.Tensor:
+    """Return `neurons` as an int32 vector (k,), or say what is wrong with it.
+
+    Args:
+        neurons: Indices of neurons in any order.
+        in_features: The number of neurons of the module.
+        name: The module, for the message.
+
+    Raises:
+        TypeError: The indices are not integers.
+        ValueError: The indices are not a vector, empty, repeated or out of range.
+    """
+    if not isinstance(neurons, torch.Tensor):
+        neurons = torch.as_tensor(neurons)
+    if not _is_integral(neurons):
+        raise TypeError(f"The neurons of {name} should be integer indices, got a tensor of dtype {neurons.dtype}.")
+    if neurons.dim() != 1:
+        raise ValueError(f"The neurons of {name} should be a vector, got a tensor of shape {tuple(neurons.shape)}.")
+    if neurons.numel() == 0:
+        raise ValueError(f"The neurons of {name} are empty; a patched module needs at least one neuron.")
+    # in int64, so that unsigned or small integer types neither wrap around nor miss an operator
+    wide = neurons.to(torch.int64)
+    if wide.min() < 0 or wide.max() >= in_features:
+        bad = wide[(wide < 0) | (wide >= in_features)][0].item()
+        raise ValueError(f"The neurons of {name} should be in [0, {in_features}), got {bad}.")
+    if torch.unique(wide).numel() != wide.numel():
+        raise ValueError(f"The neurons of {name} should be unique, but some index occurs twice.")
+    return wide.to(INDEX_DTYPE)
+
+
+def check_delta(delta: torch.Tensor, num_neurons: int, out_features: int, name: str) -> None:
+    """Say what is wrong with the `delta` (k, d_out) of the module `name`, if anything is.
+
+    Raises:
+        TypeError: The delta is not a floating point tensor.
+        ValueError: The delta has the wrong shape or holds NaN or infinity.
+    """
+    if not isinstance(delta, torch.Tensor) or not delta.dtype.is_floating_point:
+        raise TypeError(f"The delta of {name} should be a floating point tensor.")
+    if tuple(delta.shape) != (num_neurons, out_features):
+        raise ValueError(
+            f"The delta of {name} should have the shape {(num_neurons, out_features)} (neurons, out_features), "
+            f"got {tuple(delta.shape)}."
+        )
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"The delta of {name} holds NaN or infinite values.")
+
+
+def _is_integral(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], tuple[str, ...]]:
+    """The neurons and the deltas in a file by module, and the names of other tensors."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {path.name}.")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    parts: dict[str, dict[str, torch.Tensor]] = {NEURONS: {}, DELTA: {}}
+    others = []
+    for key, tensor in tensors.items():
+        module, _, attribute = key.removeprefix(PEFT_PREFIX).rpartition(".")
+        if attribute in parts:
+            parts[attribute][module] = tensor
+        else:
+            others.append(key)
+    names = sorted(parts[NEURONS].keys() | parts[DELTA].keys(), key=_natural)
+    if not names:
+        raise ValueError(f"{path} holds no patched neuron.")
+    for name in names:
+        damage = _damage(name, parts[NEURONS].get(name), parts[DELTA].get(name))
+        if damage:
+            raise ValueError(f"{path} is damaged: {damage}.")
+    neurons, deltas = ({name: part[name] for name in names} for part in parts.values())
+    return neurons, deltas, tuple(sorted(others))
+
+
+def _damage(name: str, neurons: torch.Tensor | None, delta: torch.Tensor | None) -> str | None:
+    """What is wrong with a module's tensors whatever model they are for, if anything is."""
+    if neurons is None or delta is None:
+        return f"{name} lacks its {'neurons' if neurons is None else 'delta'}"
+    if neurons.dim() != 1 or delta.dim() != 2 or len(neurons) != len(delta) or not _is_integral(neurons):
+        return f"the neurons and the delta of {name} do not belong together"
+    if len(neurons) and (neurons.min() < 0 or len(neurons.unique()) < len(neurons)):
+        return f"{name} names neurons that cannot be"
+    if not delta.isfinite().all():
+        return f"the delta of {name} is not finite"
+    return None
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key that puts layer 10 behind layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
