@@ -38,7 +38,7 @@ from .console import format_size, is_main, print_report, progress, quiet, stderr
 from .options import options_of, parse_amount
 from .patches import push_patch, save_patch
 
-LEFT_OUT = ("disable_tqdm",)  # the progress shown is the command's own
+LEFT_OUT = ("disable_tqdm", "allow_other_base")  # the progress shown is the command's own
 CONFIG = options_of(StarConfig, {"num_neurons": "--neurons"}, only=("num_neurons", "neuron_pattern"))
 ARGUMENTS = options_of(
     RepairArguments,
