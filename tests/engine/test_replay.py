@@ -20,6 +20,7 @@ from peft_star.engine.replay import Replay, replays_exactly
 from peft_star.failures import Row
 from peft_star.models.structure import find_decoder_layers
 from support import tiny_models
+from support.modules import hooks
 from support.tiny_models import MODELS, tiny_llama
 
 ALL = sorted(MODELS)
@@ -71,10 +72,6 @@ def logits_and_gradients(model: nn.Module, inputs: Inputs, context) -> list[torc
 
 def forwards(model: nn.Module) -> list:
     return [vars(module).get("forward") for module in model.modules()]
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

@@ -1,12 +1,20 @@
-"""What a patch has to reach, against probabilities computed from logits."""
+"""What a patch has to reach, against probabilities computed from logits; and the loss, against autograd."""
+
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
+from peft_star.engine.engine import Engine
+from peft_star.engine.passes import predict
 from peft_star.engine.predictions import Predictions
-from peft_star.method.objective import Task
+from peft_star.failures import encode_rows
+from peft_star.method.objective import Goal, Task, differentiate
+from peft_star.method.verify import Case
+from support.words import LAYERS, ROWS, decided, own_continuations, word_tokenizer
 
 MARGINS = [0.0, 0.01, 0.5, 0.95]
 
@@ -46,8 +54,18 @@ def test_what_is_wanting_broken_and_counted():
     assert task.broken(now).tolist() == [False, False, False, False, True]
     assert task.wanting(before).tolist() == [True, True, True, False, False]
     assert task.score(now) == (2, -1, 1)
-    assert task.score(now, harmed=3) == (2, -4, 1)
     assert not task.done(now)
+
+
+def test_harm_to_retained_rows_counts_as_that_to_the_failures_own():
+    """Their slots lie behind."""
+    _, before, now = five()
+    right, wrong = predictions([[3, 0, 0]] * 3, [0] * 3), predictions([[0, 3, 0]] * 3, [0] * 3)
+    task = Task.of(torch.tensor([0, 1, 2]), Predictions.join(before, right), 0.5)
+    assert task.score(Predictions.join(now, wrong)) == (2, -4, 1)
+    assert task.score(Predictions.join(now, right)) == (2, -1, 1)
+    solved = predictions([[3, 0, 0]] * 5, [0] * 5)
+    assert task.done(Predictions.join(solved, right)) and not task.done(Predictions.join(solved, wrong))
 
 
 def test_a_task_is_done_when_every_failure_has_its_margin_and_nothing_is_broken():
@@ -130,3 +148,140 @@ def test_shortfalls_are_finite_where_the_tokens_have_no_probability(margin):
 def test_a_margin_of_zero_asks_for_a_positive_gap():
     now = predictions([[0.3, 0.0, -1.0], [-0.3, 0.0, -1.0]], [0, 0])
     torch.testing.assert_close(Task.of(torch.arange(2), now, 0.0).shortfall(now), -now.gap)
+
+
+# a goal's looks
+
+
+def goal_of(max_tokens=1):
+    """A model, and the goal of its failures in ROWS with two retained rows, a batch each."""
+    model, tokenizer = decided(), word_tokenizer()
+    model.requires_grad_(False)
+    engine = Engine(model, max_tokens)
+    case = Case.of(engine, encode_rows(ROWS, tokenizer), encode_rows(own_continuations(tokenizer)[:2], tokenizer))
+    before = predict(engine, [*case.batches, *case.retained_batches], case.nothing_seen())
+    own = case.parts["failures"][1].stop
+    failures = (~before.right[:own]).nonzero()[:, 0]
+    assert len(failures) > 1 and before.right[own:].all()
+    return engine, Goal(case.batches, case.retained_batches, Task.of(failures, before, 0.01), before)
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+
+
+@torch.no_grad()
+def breaking(engine, goal):
+    """Silence a word that the first of the retained rows needs, and nothing else does."""
+    words = [set(batch.expected.tolist()) for batch in goal.unwatched]
+    (word, *_) = words[0] - words[1]
+    engine.model.lm_head.weight[word] = 0
+    return goal.unwatched[0]
+
+
+def test_what_is_not_looked_at_is_taken_to_be_as_it_was():
+    engine, goal = goal_of()
+    before = goal.before.copy()
+    broken = breaking(engine, goal)
+    here, _ = goal.look(engine)
+    assert not goal.task.broken(here).any()
+    assert torch.equal(here.gap[broken.slots], before.gap[broken.slots])
+    assert same(goal.before, before)
+
+
+def test_rows_that_broke_are_watched_from_then_on():
+    engine, goal = goal_of()
+    before = goal.before.copy()
+    first = breaking(engine, goal)
+    here, loss = goal.look(engine)
+    looked = here.copy()
+    now, broken = goal.look_at_the_rest(engine, here)
+    assert broken == (first,)
+    # what is found is told of, and neither the state at hand nor that before is written to
+    harmed = goal.task.broken(now)
+    assert harmed[first.slots].any() and int(harmed.sum()) == int(harmed[first.slots].sum())
+    assert same(here, looked) and same(goal.before, before)
+    watching = goal.watching(broken)
+    assert watching.batches == (*goal.batches, first) and watching.unwatched == goal.unwatched[1:]
+    assert watching.task is goal.task and watching.before is goal.before
+    there, more = watching.look(engine)
+    assert torch.equal(goal.task.broken(there), harmed)
+    # what broke is at stake, and what did not is not
+    assert more == pytest.approx(loss - now.p_expected[harmed].log().sum().item(), rel=1e-4)
+    assert same(goal.before, before)
+    # from now on, nothing else is new
+    assert watching.look_at_the_rest(engine, there)[1] == ()
+    assert goal.watching(()) == goal
+
+
+def test_whole_rows_are_no_reason_to_watch_them():
+    engine, goal = goal_of()
+    here, _ = goal.look(engine)
+    now, broken = goal.look_at_the_rest(engine, here)
+    assert broken == () and same(now, here)
+
+
+def losses_by_hand(engine, batch, chosen):
+    """Cross entropy summed over the chosen slots of a batch, from the logits at all positions."""
+    logits = engine.model(**batch.model_inputs()).logits[batch.rows, batch.positions]
+    mask = torch.isin(batch.slots, chosen)
+    return F.cross_entropy(logits[mask], batch.expected[mask], reduction="sum")
+
+
+def gradient_of(engine, loss):
+    weight = engine.model.get_submodule(LAYERS[1]).weight
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return gradient
+
+
+@pytest.mark.parametrize("max_tokens", [1, 1000])
+def test_the_loss_and_its_gradient_are_those_of_the_failures(max_tokens):
+    engine, goal = goal_of(max_tokens)
+    weight = engine.model.get_submodule(LAYERS[1]).weight.requires_grad_(True)
+    failures = goal.task.medium.nonzero()[:, 0]
+    wanted = sum(losses_by_hand(engine, batch, failures) for batch in goal.batches)
+    _, loss = goal.look(engine)
+    assert loss == pytest.approx(wanted.item(), rel=1e-4) and weight.grad is None
+    _, again = goal.look(engine, differentiate=True)
+    assert again == pytest.approx(loss, rel=1e-6)
+    gradient = gradient_of(engine, wanted)
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+    # gradients add up
+    goal.look(engine, differentiate=True)
+    torch.testing.assert_close(weight.grad, 2 * gradient, rtol=1e-3, atol=2e-4 * gradient.abs().max().item())
+
+
+def test_a_batch_that_is_solved_asks_for_nothing_and_comes_back():
+    engine, goal = goal_of()
+    weight = engine.model.get_submodule(LAYERS[1]).weight.requires_grad_(True)
+    # as if no failure of the first batch were one: it says what is expected of it
+    first, *others = goal.batches
+    said = goal.before.argmax[first.slots]
+    kept, first.expected = first.expected, said
+    failures = goal.task.medium.nonzero()[:, 0]
+    here, loss = goal.look(engine, differentiate=True)
+    assert here.right[first.slots].all()
+    # its loss is still told
+    everything = sum(losses_by_hand(engine, batch, failures) for batch in goal.batches)
+    assert loss == pytest.approx(everything.item(), rel=1e-4)
+    gradient = gradient_of(engine, sum(losses_by_hand(engine, batch, failures) for batch in others))
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+    weight.grad, first.expected = None, kept
+    goal.look(engine, differentiate=True)
+    gradient = gradient_of(engine, sum(losses_by_hand(engine, batch, failures) for batch in goal.batches))
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_any_slots_can_be_differentiated():
+    engine, goal = goal_of()
+    weight = engine.model.get_submodule(LAYERS[1]).weight.requires_grad_(True)
+    batches = [*goal.unwatched, *goal.batches]
+    chosen = torch.tensor([0, len(goal.before.right) - 1])
+    wanted = torch.zeros_like(goal.before.right)
+    wanted[chosen] = True
+    differentiate(engine, batches, wanted)
+    gradient = gradient_of(engine, sum(losses_by_hand(engine, batch, chosen) for batch in batches))
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+    weight.grad = None
+    differentiate(engine, batches, torch.zeros_like(wanted))
+    assert weight.grad is None

@@ -1,4 +1,4 @@
-"""Algorithm 1 as an optimiser."""
+"""Algorithm 1: as an optimiser, and as a repair's."""
 
 import copy
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from peft_star import PriorGuidedSGD
+from peft_star import PriorGuidedSGD, RepairArguments, repair
+from peft_star.method import prior_guided
+from peft_star.method.semantics import semantic_delta
+from peft_star.method.solve import solve_prior
+from peft_star.method.trace import trace
+from support.words import LAYERS, QUIET, ROWS, own_continuations, running, star, word_tokenizer, wrong_tokens
 
 
 def parameter(values):
@@ -125,3 +130,48 @@ def test_priors_that_do_not_fit_are_refused():
         PriorGuidedSGD([param], priors={param: torch.ones(3)})
     with pytest.raises(ValueError, match="exactly one"):
         PriorGuidedSGD([{"params": [param, parameter([1.0])], "prior": torch.ones(2)}])
+
+
+# as a repair's
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+def test_located_neurons_get_priors_and_those_of_earlier_repairs_stay_as_they_are(tokenizer, monkeypatch):
+    model = star()
+    with running(model, tokenizer, algorithm="prior-guided", norm="l2") as run:
+        (earlier, other) = run.subject.hold({name: torch.tensor([20]) for name in LAYERS[:2]})
+        with torch.no_grad():
+            earlier.delta.fill_(0.01)
+            other.delta.fill_(0.01)
+        batches = run.engine.batches(run.subject.encode(ROWS, "row"))
+        traced = trace(run.engine, batches, run.probe())
+        wanted = torch.tensor([4, 30])
+        (layer,), (gradient,) = prior_guided.solve(run, {LAYERS[0]: wanted}, traced)
+        assert layer.neurons.tolist() == [4, 20, 30]
+        rival, expected = (getattr(traced.predictions, key)[traced.medium] for key in ("rival", "expected"))
+        semantics = semantic_delta(run.subject.bases, rival, expected, "l2")
+        prior = solve_prior(traced.activations(LAYERS[0], wanted), semantics, run.args.ridge)
+        torch.testing.assert_close(layer.delta.star_prior[[0, 2]].double(), prior, rtol=1e-5, atol=1e-6)
+        assert prior.any() and not layer.delta.star_prior[1].any()
+        torch.testing.assert_close(gradient, traced.layers[LAYERS[0]].gradient(torch.tensor([4, 20, 30])))
+        # the adapter also holds a layer that is not patched this time
+        untouched = run.subject.layers()[LAYERS[1]].star_delta["default"]
+        assert untouched.any() and untouched.star_prior.shape == untouched.shape and not untouched.star_prior.any()
+        # where the trace could not keep what a gradient needs, the first step makes a pass of its own
+        monkeypatch.setattr("peft_star.method.trace.KEEP_BYTES", 0)
+        assert prior_guided.solve(run, {LAYERS[0]: wanted}, trace(run.engine, batches, run.probe()))[1] is None
+
+
+def test_retained_rows_that_break_join_the_loss_until_they_are_right_again(tokenizer):
+    arguments = RepairArguments(algorithm="prior-guided", **QUIET)
+    retained = own_continuations(tokenizer)[:3]
+    careless, careful = star(), star()
+    first = repair(careless, tokenizer, ROWS, arguments)
+    assert first.success and wrong_tokens(careless, tokenizer, retained) > 0
+    second = repair(careful, tokenizer, ROWS, arguments, retain=retained)
+    assert second.success and second.steps > first.steps
+    assert wrong_tokens(careful, tokenizer, [*ROWS, *retained]) == 0

@@ -1,31 +1,38 @@
 """Protected patching against dense least squares, and what a repair by it promises."""
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_star import RepairArguments, RepairCallback, RepairInterrupted, StarConfig, repair
-from peft_star.engine.batch import make_batches
-from peft_star.engine.distributed import ALONE
-from peft_star.engine.passes import teacher_forced
+from peft_star import RepairArguments, StarConfig, repair
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import encode_rows
+from peft_star.method import protected
 from peft_star.method.background import background_text
-from peft_star.method.objective import Task
-from peft_star.method.protected import FLOOR, REACH, SteeredLayer, protected_answer, steer_neurons
+from peft_star.method.best import keeping_best
+from peft_star.method.objective import Goal, Task
+from peft_star.method.protected import REACH
+from peft_star.method.solve import protected_answer
+from peft_star.method.subject import HeldLayer
 from peft_star.models.structure import find_second_matrices
+from support.dense import answer_by_hand, moment
 from support.rows import contexts_by_hand
-from support.tiny_models import VOCAB
-from support.words import RETAIN, ROWS, decided, star, word_tokenizer
-
-LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(3)]
-QUICK = {"disable_tqdm": True, "verify_generation": False}
+from support.words import (
+    LAYERS,
+    MANY,
+    QUICK,
+    ROWS,
+    decided,
+    dense_delta,
+    own_continuations,
+    running,
+    star,
+    word_tokenizer,
+    wrong_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,119 +40,17 @@ def tokenizer():
     return word_tokenizer()
 
 
-def problem(n, k, d, seed=0, background=30):
-    generator = torch.Generator().manual_seed(seed)
-    # neurons of different sizes that move together, as real ones do
-    mix = torch.randn(k, k, generator=generator, dtype=torch.float64) + torch.eye(k)
-    v, b = (torch.randn(size, k, generator=generator, dtype=torch.float64) @ mix for size in (n, background))
-    return v, b, torch.randn(n, d, generator=generator, dtype=torch.float64)
+# what is protected
 
 
-def moment(background):
-    """C + ε I, as the documentation says."""
-    c = sum(torch.outer(row, row) for row in background) / len(background)
-    return c + FLOOR * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
-
-
-def dense(v, targets, protection, ridge):
-    """argmin_W ‖V W − T‖² + λ tr(Wᵀ M W), as one stacked least squares problem in the entries of W."""
-    k = v.shape[1]
-    penalty = ridge * (v @ torch.linalg.inv(protection) @ v.T).trace() / min(v.shape)
-    values, vectors = torch.linalg.eigh(protection)
-    root = vectors @ torch.diag((penalty * values).sqrt()) @ vectors.T
-    left = torch.cat([v, root])
-    right = torch.cat([targets, torch.zeros(k, targets.shape[1], dtype=v.dtype)])
-    return torch.linalg.lstsq(left, right, driver="gelsd").solution
-
-
-def answer_by_hand(v, protection, ridge, contexts=None, weight=0.0):
-    """P: neurons combined as for the averages X, mixed such that V P is the identity."""
-    eye = torch.eye(len(v), dtype=v.dtype)
-    if contexts is None:
-        return dense(v, eye, protection, ridge)
-    combined = torch.linalg.inv(protection) @ ((v + weight * contexts) / (1 + weight)).T
-    return combined @ dense(v @ combined, eye, eye, ridge)
-
-
-def steered(background):
-    k = background.shape[1]
-    return SteeredLayer("layer", nn.Parameter(torch.zeros(k, 2)), torch.arange(k), background)
-
-
-# the solution
-
-
-def test_the_factor_is_that_of_the_second_moment_with_its_floor():
-    _, background, _ = problem(2, 7, 3)
-    factor = steered(background.float()).factor()
-    assert factor.dtype == torch.float64 and factor.triu(1).abs().max() == 0
-    torch.testing.assert_close(factor @ factor.T, moment(background), rtol=1e-5, atol=1e-5)
-    assert SteeredLayer("layer", nn.Parameter(torch.zeros(7, 2)), torch.arange(7), None).factor() is None
-
-
-def test_neurons_that_the_background_never_shows_are_not_free():
-    _, background, _ = problem(1, 6, 2)
-    background[:, 2] = 0
-    factor = steered(background).factor()
-    assert (factor @ factor.T)[2, 2] == pytest.approx(FLOOR * background.square().mean().item())
-    assert torch.isfinite(steered(torch.zeros(5, 6)).factor()).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 10),
-    k=st.integers(1, 10),
-    d=st.integers(1, 4),
-    ridge=st.sampled_from([1e-4, 1e-2, 1.0]),
-    seed=st.integers(0, 99),
-    protected=st.booleans(),
-)
-def test_the_answer_is_the_dense_minimiser(n, k, d, ridge, seed, protected):
-    v, background, targets = problem(n, k, d, seed)
-    strengths = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    protection = moment(background) if protected else torch.eye(k, dtype=v.dtype)
-    answer = protected_answer(v, steered(background).factor() if protected else None, ridge)
-    assert answer.shape == (k, n) and answer.dtype == torch.float64
-    # one answer serves all strengths
-    wanted = dense(v, strengths * targets, protection, ridge)
-    torch.testing.assert_close(answer @ (strengths * targets), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max())
-
-
-def test_protection_moves_the_background_less_for_the_same_push():
-    v, background, targets = problem(2, 12, 3)
-    plain, protected = (protected_answer(v, factor, 1e-6) for factor in (None, steered(background).factor()))
-    for answer in (plain, protected):
-        torch.testing.assert_close(v @ answer @ targets, targets, rtol=1e-3, atol=1e-3)
-    assert (background @ protected @ targets).norm() < 0.6 * (background @ plain @ targets).norm()
-
-
-@pytest.mark.parametrize(("n", "k"), [(3, 9), (6, 6), (9, 4)])
-@pytest.mark.parametrize("protected", [True, False])
-@pytest.mark.parametrize("weight", [0.5, 5.0])
-def test_with_contexts_each_failure_gets_its_own_push(n, k, protected, weight):
-    v, background, _ = problem(n, k, 1, seed=3)
-    contexts = v * 0.7 + problem(n, k, 1, seed=4)[0] * 0.3
-    factor = steered(background).factor() if protected else None
-    answer = protected_answer(v, factor, 1e-4, contexts, weight)
-    protection = moment(background) if protected else torch.eye(k, dtype=v.dtype)
-    wanted = answer_by_hand(v, protection, 1e-4, contexts, weight)
-    torch.testing.assert_close(answer, wanted, rtol=1e-5, atol=1e-6)
-    if n <= 3:
-        torch.testing.assert_close(v @ answer, torch.eye(n, dtype=v.dtype), rtol=0, atol=0.02)
-
-
-def test_failures_whose_contexts_look_like_each_other_get_their_own_pushes():
-    v, _, _ = problem(2, 8, 1)
-    answer = protected_answer(v, None, 1e-4, v.flip(0), 100.0)
-    torch.testing.assert_close(v @ answer, torch.eye(2, dtype=v.dtype), rtol=0, atol=0.01)
-
-
-def test_without_contexts_nothing_is_averaged_or_scaled():
-    v, background, _ = problem(3, 7, 1)
-    factor = steered(background).factor()
-    torch.testing.assert_close(
-        protected_answer(v, factor, 1e-2), protected_answer(v, factor, 1e-2, None, generalization=5.0)
-    )
+def test_without_background_nothing_is_protected(tokenizer):
+    located = dict.fromkeys(LAYERS[:2], torch.tensor([3, 5]))
+    for background, protects in ((0, False), (100, True)):
+        with running(star(), tokenizer, background=background) as run:
+            layers, factors = protected.solve(run, located, None)
+        assert [layer.name for layer in layers] == LAYERS[:2]
+        assert all(layer.neurons.tolist() == [3, 5] for layer in layers)
+        assert [factor is not None for factor in factors] == [protects] * 2
 
 
 # a step of a repair, against autograd on the plain model
@@ -176,11 +81,6 @@ def delta_of(model, name):
     layer = model.base_model.model.get_submodule(name)
     neurons = layer.star_neurons["default"].long()
     return neurons, layer.star_delta["default"].detach()
-
-
-def dense_delta(model, name):
-    layer = model.base_model.model.get_submodule(name)
-    return layer.get_delta_weight("default").detach().clone()
 
 
 @pytest.mark.parametrize(("background", "generalization"), [(0, 0.0), (150, 0.0), (0, 2.0), (150, 2.0)])
@@ -233,31 +133,39 @@ def read_background(base, name, tokenizer, tokens):
 # the steps, with a model that says what it is told
 
 
-def scripted(states, learning_rate=1.0):
-    """steer_neurons on one neuron and two failures: after each step's pushes, so many are right and so many broken."""
+def scripted(states, monkeypatch, learning_rate=1.0):
+    """Steps on one neuron and two failures: after each step's pushes, so many are right and so many broken."""
     medium, before = torch.tensor([0, 1]), told(0, 0)
     steps, delta = [], nn.Parameter(torch.zeros(1, 2))
     traced = SimpleNamespace(
         medium=medium,
         predictions=before,
-        team=ALONE,
+        hidden_rms={"decoder layer": None},
         gradients=lambda name: torch.full((2, 2), -1.0),
         activations=lambda name, neurons: V,
-        contexts=lambda name, neurons: None,
     )
-    kept = steer_neurons(
-        [SteeredLayer("layer", delta, torch.tensor([0]), None)],
-        traced,
-        Task.of(medium, before, 0.01),
-        lambda: (told(*states[len(steps)]), 1.0),
-        lambda slots: traced,
-        lambda trace, layer: torch.ones(2, 2, dtype=torch.float64),
-        learning_rate=learning_rate,
-        max_steps=len(states),
-        ridge=1e-4,
-        on_step=lambda step, solved, loss: steps.append(delta.detach().clone()),
+    goal = SimpleNamespace(
+        batches=(),
+        task=Task.of(medium, before, 0.01),
+        before=before,
+        look=lambda engine: (told(*states[len(steps)]), 1.0),
+        look_at_the_rest=lambda engine, here: (here, ()),
+        watching=lambda batches: goal,
     )
-    return kept, delta.detach(), steps
+    run = SimpleNamespace(
+        args=RepairArguments(learning_rate=learning_rate, max_steps=len(states), ridge=1e-4, norm="max"),
+        # tokens 0 and 1, whose semantic delta is 1 in both features
+        subject=SimpleNamespace(
+            decoder_of={"layer": "decoder layer"}, bases=lambda tokens: tokens.double()[:, None].expand(-1, 2)
+        ),
+        engine=None,
+        probe=lambda names: None,
+    )
+    monkeypatch.setattr(protected, "trace", lambda engine, batches, probe, **slots: traced)
+    journal = SimpleNamespace(step=lambda step, solved, loss: steps.append(delta.detach().clone()))
+    with keeping_best([delta], goal.task, before, journal) as best:
+        protected.patch(run, goal, [HeldLayer("layer", delta, torch.tensor([0]))], [None], traced, best)
+    return best.predictions, delta.detach(), steps
 
 
 V = torch.tensor([[1.0], [2.0]])
@@ -281,8 +189,8 @@ def told(right, broken):
         ([(1, 1), (1, 1), (1, 1)], 0),
     ],
 )
-def test_when_the_steps_run_out_the_best_state_is_kept(states, best):
-    kept, delta, steps = scripted(states)
+def test_when_the_steps_run_out_the_best_state_is_kept(states, best, monkeypatch):
+    kept, delta, steps = scripted(states, monkeypatch)
     assert len(steps) == 3
     assert task_score(kept) == (states[best][0], -states[best][1])
     assert torch.equal(delta, steps[best])
@@ -293,15 +201,15 @@ def task_score(predictions):
     return int(predictions.right[:2].sum()), -int((~predictions.right[2:]).sum())
 
 
-def test_it_stops_as_soon_as_all_is_solved():
-    kept, delta, steps = scripted([(1, 0), (2, 0), (0, 2)])
+def test_it_stops_as_soon_as_all_is_solved(monkeypatch):
+    kept, delta, steps = scripted([(1, 0), (2, 0), (0, 2)], monkeypatch)
     assert len(steps) == 2 and task_score(kept) == (2, 0) and torch.equal(delta, steps[-1])
 
 
 @pytest.mark.parametrize("learning_rate", [1e-4, 1e-3])
-def test_the_learning_rate_bounds_the_pushes_of_a_step(learning_rate):
+def test_the_learning_rate_bounds_the_pushes_of_a_step(learning_rate, monkeypatch):
     """All of what is allowed is asked for here, and not more is given."""
-    _, _, steps = scripted([(0, 0), (0, 0)], learning_rate)
+    _, _, steps = scripted([(0, 0), (0, 0)], monkeypatch, learning_rate)
     targets = torch.ones(2, 2, dtype=torch.float64)
     most = protected_answer(V, None, 1e-4) @ (learning_rate * REACH * targets)
     torch.testing.assert_close(steps[0].double(), most, rtol=1e-4, atol=1e-7)
@@ -309,24 +217,6 @@ def test_the_learning_rate_bounds_the_pushes_of_a_step(learning_rate):
 
 
 # repairs
-
-
-def own_continuations(tokenizer, number=30, length=4, seed=0):
-    """Rows that the model completes right."""
-    base, rows = decided(), []
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(number):
-        ids = torch.randint(3, VOCAB, (1, 4), generator=generator)
-        for _ in range(length):
-            with torch.no_grad():
-                ids = torch.cat([ids, base(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-        if (ids > 2).all():
-            rows.append({"prompt": tokenizer.decode(ids[0, :4]), "completion": " " + tokenizer.decode(ids[0, 4:])})
-    return rows
-
-
-def wrong_tokens(model, tokenizer, rows):
-    return int((~teacher_forced(model, make_batches(encode_rows(rows, tokenizer), 500)).right).sum())
 
 
 def test_retained_tokens_that_break_are_made_right_again_or_said(tokenizer):
@@ -350,6 +240,37 @@ def test_retained_tokens_that_break_are_made_right_again_or_said(tokenizer):
         if report.success:
             assert report.steps > 1
     assert whole >= 1 and total < without / 3
+
+
+def test_retained_rows_that_break_are_watched_from_then_on(tokenizer, monkeypatch):
+    """Until then they are looked at only when all seems done; so are those that stay right."""
+    arguments = RepairArguments(background=0, max_batch_tokens=8, **QUICK)
+    careless = star()
+    repair(careless, tokenizer, ROWS, arguments)
+    fine = [row for row in own_continuations(tokenizer, length=1) if not wrong_tokens(careless, tokenizer, [row])]
+    retained = [own_continuations(tokenizer)[0], *fine[:4]]
+    watched, rests = [], []
+    look, look_at_the_rest = Goal.look, Goal.look_at_the_rest
+
+    def counted_look(goal, engine):
+        watched.append(len(goal.batches))
+        return look(goal, engine)
+
+    def counted_rest(goal, engine, here):
+        now, broken = look_at_the_rest(goal, engine, here)
+        rests.append((len(watched), len(goal.unwatched), len(broken)))
+        return now, broken
+
+    monkeypatch.setattr(Goal, "look", counted_look)
+    monkeypatch.setattr(Goal, "look_at_the_rest", counted_rest)
+    assert repair(star(), tokenizer, ROWS, arguments, retain=retained).success
+    assert len(rests) > 1 and watched[0] == 2
+    own, unwatched = watched[0], len(retained)
+    for (looks, rest, broken), (following, *_) in zip(rests, [*rests[1:], (len(watched),)]):
+        assert rest == unwatched
+        own, unwatched = own + broken, unwatched - broken
+        assert set(watched[looks:following]) <= {own}
+    assert own > 2 and unwatched > 0
 
 
 def test_retained_tokens_that_nothing_breaks_change_nothing(tokenizer):
@@ -399,82 +320,6 @@ def test_pushes_are_no_stronger_than_needed(tokenizer):
         assert report.success
         careful = max(failure.gap_after for failure in report.failures)
         assert careful < 0.9
-
-
-class At(RepairCallback):
-    def __init__(self, step):
-        self.step, self.seen = step, []
-
-    def on_step_end(self, args, state):
-        self.seen.append(state.step)
-        if state.step == self.step:
-            raise KeyboardInterrupt
-
-
-MANY = [*ROWS, *RETAIN]  # more than a few steps solve
-
-
-def after(tokenizer, max_steps, **config):
-    model = star(**config)
-    report = repair(model, tokenizer, MANY, RepairArguments(max_steps=max_steps, **QUICK))
-    assert report.steps == max_steps and not report.success
-    return {name: dense_delta(model, name) for name in LAYERS}
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_an_interrupt_after_a_step_leaves_the_state_of_that_step(step, tokenizer):
-    model, callback = star(), At(step)
-    with pytest.raises(RepairInterrupted) as raised:
-        repair(model, tokenizer, MANY, RepairArguments(**QUICK), callbacks=[callback])
-    assert callback.seen == list(range(1, step + 1)) and raised.value.report.steps == step
-    assert all(torch.equal(dense_delta(model, name), value) for name, value in after(tokenizer, step).items())
-    report = raised.value.report
-    wrong = wrong_tokens(model, tokenizer, MANY)
-    assert wrong == len(report.failures) - report.num_solved + len(report.broken)
-
-
-def interrupted_look(monkeypatch, after_step, look=1):
-    """Ctrl-C in the given look of the step after `after_step`, when its push is already in the deltas."""
-    module = importlib.import_module("peft_star.method.repair")  # as an attribute of the package it is the function
-    state = {"step": 0, "looks": 0}
-    real = module.forward_backward
-
-    def forward_backward(*args, **kwargs):
-        state["looks"] += 1
-        if state["step"] == after_step and state["looks"] == look:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    class Count(RepairCallback):
-        def on_step_end(self, args, now):
-            state.update(step=now.step, looks=0)
-
-    monkeypatch.setattr(module, "forward_backward", forward_backward)
-    return Count()
-
-
-@pytest.mark.parametrize("look", [1, 2])
-@pytest.mark.parametrize("step", [1, 2])
-def test_an_interrupt_during_a_look_leaves_the_last_finished_step(step, look, tokenizer, monkeypatch):
-    wanted = after(tokenizer, step)
-    model = star()
-    callback = interrupted_look(monkeypatch, step, look)
-    with pytest.raises(RepairInterrupted) as raised:
-        repair(model, tokenizer, MANY, RepairArguments(**QUICK), callbacks=[callback])
-    assert raised.value.report.interrupted and raised.value.report.steps == step
-    assert all(torch.equal(dense_delta(model, name), value) for name, value in wanted.items())
-
-
-def test_an_interrupt_in_the_first_look_leaves_what_was_there_before(tokenizer, monkeypatch):
-    model = star()
-    assert repair(model, tokenizer, ROWS[:1], RepairArguments(**QUICK)).success
-    before = {name: dense_delta(model, name) for name in LAYERS}
-    assert any(value.any() for value in before.values())
-    callback = interrupted_look(monkeypatch, 0)
-    with pytest.raises(RepairInterrupted) as raised:
-        repair(model, tokenizer, ROWS[1:], RepairArguments(**QUICK), callbacks=[callback])
-    assert raised.value.report.steps == 0
-    assert all(torch.equal(dense_delta(model, name), value) for name, value in before.items())
 
 
 def test_deltas_in_layers_that_are_no_longer_chosen_are_kept_to_the_bit(tokenizer):

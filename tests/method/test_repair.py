@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import peft_star
@@ -20,8 +20,23 @@ from peft_star import (
     prepare,
     repair,
 )
-from support.tiny_models import MODELS, VOCAB
-from support.words import QUIET, RETAIN, ROWS, decided, star, word_tokenizer
+from peft_star.method.objective import Goal
+from support.tiny_models import VOCAB
+from support.words import (
+    LAYERS,
+    MANY,
+    QUICK,
+    QUIET,
+    RETAIN,
+    ROWS,
+    decided,
+    dense_delta,
+    star,
+    word_tokenizer,
+    wrong_tokens,
+)
+
+ALGORITHMS = ["protected", "prior-guided"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +52,7 @@ def base_weights(model):
     }
 
 
-@pytest.mark.parametrize("algorithm", ["protected", "prior-guided"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("mode", ["multiple", "single"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "starcoder2", "gemma2", "falcon", "gpt_neox", "opt"])
 def test_a_repair_solves_every_failure_and_leaves_the_base_alone(name, mode, algorithm, tokenizer):
@@ -209,7 +224,7 @@ def test_datasets_and_chat_messages(tokenizer):
     assert report.success and report.rows[0].completion.split() == ["w20", "w21"]
 
 
-@pytest.mark.parametrize("algorithm", ["protected", "prior-guided"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("mode", ["multiple", "single"])
 def test_routed_experts_are_located_patched_and_saved(tmp_path, mode, algorithm, tokenizer):
     import transformers
@@ -267,6 +282,24 @@ def test_exact_occlusion_is_reported_with_its_agreement(tokenizer):
     assert sorted(f"{key}.mlp.down_proj" for key in strongest) == [layer.name for layer in report.layers]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_prepare_chooses_its_layer_by_the_occlusion_that_is_asked_for(name, tokenizer):
+    config, chosen = {"layer_selection": "occlusion", "num_layers": 1}, {}
+    for occlusion in ("first-order", "exact"):
+        report = repair(star(name, **config), tokenizer, ROWS, RepairArguments(occlusion=occlusion, **QUIET))
+        model = star(name, **config)
+        priors = prepare(model, tokenizer, ROWS, RepairArguments(occlusion=occlusion, disable_tqdm=True))
+        assert list(priors) == [layer.name for layer in report.layers]
+        importance = report.occlusion[occlusion]
+        strongest = max(importance, key=lambda layer: abs(importance[layer]))
+        (chosen[occlusion],) = priors
+        assert chosen[occlusion].startswith(f"{strongest}.")
+        delta = model.base_model.model.get_submodule(chosen[occlusion]).star_delta["default"]
+        assert priors[chosen[occlusion]] is delta.star_prior and not delta.any()
+    # here the two measures disagree
+    assert chosen["first-order"] != chosen["exact"]
+
+
 def test_when_the_steps_run_out_the_best_state_is_kept_and_said(tokenizer):
     model = star()
     report = repair(model, tokenizer, ROWS, RepairArguments(learning_rate=1e-6, max_steps=2, disable_tqdm=True))
@@ -291,29 +324,19 @@ def test_harm_to_retained_rows_is_seen(tokenizer):
     assert report.summary()["retained_rows_broken"] == 1
 
 
-def test_retained_rows_join_the_loss_when_they_break(tokenizer):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_retained_rows_join_the_loss_when_they_break(algorithm, tokenizer):
     base = decided()
     with torch.no_grad():
         ids = tokenizer("w5 w9 w12", return_tensors="pt")["input_ids"]
         for _ in range(4):
             ids = torch.cat([ids, base(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     retained = [{"prompt": "w5 w9 w12", "completion": " " + tokenizer.decode(ids[0, 3:])}]
-    arguments = RepairArguments(**QUIET)
+    arguments = RepairArguments(algorithm=algorithm, **QUIET)
     careless = repair(star(), tokenizer, ROWS, arguments)
     careful = repair(star(), tokenizer, ROWS, arguments, retain=retained)
     assert careful.success and careful.steps >= careless.steps
     assert not [token for token in careful.broken if token.source == "retain"]
-
-
-def test_training_mode_and_trainability_come_back(tokenizer):
-    model = star()
-    model.train()
-    model.base_model.model.model.layers[0].eval()
-    repair(model, tokenizer, ROWS, RepairArguments(**QUIET))
-    assert model.training and not model.base_model.model.model.layers[0].training
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable and all("star_delta" in name for name in trainable)
-    assert not [name for name, parameter in model.named_parameters() if parameter.grad is not None]
 
 
 def test_bf16_models(tokenizer):
@@ -367,6 +390,102 @@ def test_an_interrupt_keeps_what_was_finished(tokenizer):
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "star_delta" in name)
 
 
+class At(RepairCallback):
+    def __init__(self, step):
+        self.step, self.seen = step, []
+
+    def on_step_end(self, args, state):
+        self.seen.append(state.step)
+        if state.step == self.step:
+            raise KeyboardInterrupt
+
+
+def after(tokenizer, max_steps, **arguments):
+    model = star()
+    report = repair(model, tokenizer, MANY, RepairArguments(max_steps=max_steps, **arguments, **QUICK))
+    assert report.steps == max_steps and not report.success
+    return {name: dense_delta(model, name) for name in LAYERS}
+
+
+def assert_left_as(model, tokenizer, report, wanted):
+    """The deltas are as `wanted`, the report tells of just them, and nothing of the interrupted pass is left."""
+    assert all(torch.equal(dense_delta(model, name), value) for name, value in wanted.items())
+    wrong = wrong_tokens(model, tokenizer, MANY)
+    assert wrong == len(report.failures) - report.num_solved + len(report.broken)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all("star_delta" in name for name in trainable)
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_interrupt_after_a_step_leaves_the_state_of_that_step(step, algorithm, tokenizer):
+    model, callback = star(), At(step)
+    with pytest.raises(RepairInterrupted) as raised:
+        repair(model, tokenizer, MANY, RepairArguments(algorithm=algorithm, **QUICK), callbacks=[callback])
+    assert callback.seen == list(range(1, step + 1)) and raised.value.report.steps == step
+    assert_left_as(model, tokenizer, raised.value.report, after(tokenizer, step, algorithm=algorithm))
+
+
+def interrupted_look(monkeypatch, after_step, look=1, backward=False):
+    """Ctrl-C in the given look of the step after `after_step`, when its change is already in the deltas: within the
+    forward, or within the backward that follows."""
+    state = {"step": 0, "looks": 0}
+    real = Goal.look
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def interrupted(goal, engine, **kwargs):
+        state["looks"] += 1
+        if state["step"] != after_step or state["looks"] != look:
+            return real(goal, engine, **kwargs)
+        head = engine.model.get_output_embeddings()
+        hook = (lambda module, args, output: output.register_hook(interrupt) and None) if backward else interrupt
+        handle = head.register_forward_hook(hook)
+        try:
+            return real(goal, engine, **kwargs)
+        finally:
+            handle.remove()
+
+    class Count(RepairCallback):
+        def on_step_end(self, args, now):
+            state.update(step=now.step, looks=0)
+
+    monkeypatch.setattr(Goal, "look", interrupted)
+    return Count()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "look", "backward"),
+    [("protected", 1, False), ("protected", 2, False), ("prior-guided", 1, False), ("prior-guided", 1, True)],
+)
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_interrupt_during_a_look_leaves_the_last_finished_step(
+    step, algorithm, look, backward, tokenizer, monkeypatch
+):
+    wanted = after(tokenizer, step, algorithm=algorithm)
+    model = star()
+    callback = interrupted_look(monkeypatch, step, look, backward)
+    with pytest.raises(RepairInterrupted) as raised:
+        repair(model, tokenizer, MANY, RepairArguments(algorithm=algorithm, **QUICK), callbacks=[callback])
+    assert raised.value.report.interrupted and raised.value.report.steps == step
+    assert_left_as(model, tokenizer, raised.value.report, wanted)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_interrupt_in_the_first_look_leaves_what_was_there_before(algorithm, tokenizer, monkeypatch):
+    model = star()
+    assert repair(model, tokenizer, ROWS[:1], RepairArguments(**QUICK)).success
+    before = {name: dense_delta(model, name) for name in LAYERS}
+    assert any(value.any() for value in before.values())
+    callback = interrupted_look(monkeypatch, 0)
+    with pytest.raises(RepairInterrupted) as raised:
+        repair(model, tokenizer, ROWS[1:], RepairArguments(algorithm=algorithm, **QUICK), callbacks=[callback])
+    assert raised.value.report.steps == 0
+    assert all(torch.equal(dense_delta(model, name), value) for name, value in before.items())
+
+
 def test_reports_survive_the_disk(tmp_path, tokenizer):
     report = repair(star(), tokenizer, ROWS, RepairArguments(**QUIET), retain=RETAIN)
     report.save(tmp_path / "report.json")
@@ -380,44 +499,6 @@ def test_reports_survive_the_disk(tmp_path, tokenizer):
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="not a repair report"):
         RepairReport.load(tmp_path / "other.json")
-
-
-def test_wrong_models_are_refused_in_one_sentence(tokenizer):
-    with pytest.raises(TypeError, match="without a STAR adapter"):
-        repair(MODELS["llama"].build(), tokenizer, ROWS)
-    with pytest.raises(TypeError, match="without a STAR adapter"):
-        repair(get_peft_model(MODELS["llama"].build(), LoraConfig(target_modules=["q_proj"])), tokenizer, ROWS)
-    with pytest.raises(TypeError, match="tokenizer"):
-        repair(star(), None, ROWS)
-    with pytest.raises(TypeError, match="lists"):
-        repair(star(), tokenizer, ROWS[0])
-    two = star()
-    two.add_adapter("other", StarConfig(num_neurons=4))
-    two.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="2 are active"):
-        repair(two, tokenizer, ROWS)
-    merged = star()
-    merged.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge_adapter"):
-        repair(merged, tokenizer, ROWS)
-    off = star()
-    off.base_model.disable_adapter_layers()
-    with pytest.raises(ValueError, match="enable_adapter_layers"):
-        repair(off, tokenizer, ROWS)
-
-
-def test_bad_settings_are_refused_before_anything_happens(tokenizer):
-    with pytest.raises(ValueError, match="at most 3"):
-        repair(star(num_layers=4), tokenizer, ROWS)
-    with pytest.raises(ValueError, match="names layer 9"):
-        repair(star(layer_selection=[9]), tokenizer, ROWS)
-    with pytest.raises(ValueError, match="64"):
-        long = {"prompt": "w5 " * 60, "completion": "w6 " * 10}
-        repair(star(), tokenizer, [long])
-    with pytest.raises(ValueError, match="No token of these rows fails"):
-        model = star()
-        repair(model, tokenizer, ROWS, RepairArguments(**QUIET))
-        prepare(model, tokenizer, ROWS)
 
 
 @pytest.mark.parametrize(

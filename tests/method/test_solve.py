@@ -1,11 +1,13 @@
-"""The prior against dense least squares (paper equation 2)."""
+"""The prior and the protected answer against dense least squares (paper equation 2)."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_star.method.solve import solve_prior
+from peft_star.method.background import moment_factor
+from peft_star.method.solve import protected_answer, solve_prior
+from support.dense import answer_by_hand, dense, moment, protected_problem
 
 
 def problem(n, k, d, seed=0):
@@ -57,3 +59,63 @@ def test_silent_neurons_get_zeros():
 def test_shapes_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match="must be"):
         solve_prior(torch.ones(2, 3), torch.ones(4, 5))
+
+
+# under protection
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 10),
+    k=st.integers(1, 10),
+    d=st.integers(1, 4),
+    ridge=st.sampled_from([1e-4, 1e-2, 1.0]),
+    seed=st.integers(0, 99),
+    protected=st.booleans(),
+)
+def test_the_answer_is_the_dense_minimiser(n, k, d, ridge, seed, protected):
+    v, background, targets = protected_problem(n, k, d, seed)
+    strengths = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    protection = moment(background) if protected else torch.eye(k, dtype=v.dtype)
+    answer = protected_answer(v, moment_factor(background) if protected else None, ridge)
+    assert answer.shape == (k, n) and answer.dtype == torch.float64
+    # one answer serves all strengths
+    wanted = dense(v, strengths * targets, protection, ridge)
+    torch.testing.assert_close(answer @ (strengths * targets), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max())
+
+
+def test_protection_moves_the_background_less_for_the_same_push():
+    v, background, targets = protected_problem(2, 12, 3)
+    plain, protected = (protected_answer(v, factor, 1e-6) for factor in (None, moment_factor(background)))
+    for answer in (plain, protected):
+        torch.testing.assert_close(v @ answer @ targets, targets, rtol=1e-3, atol=1e-3)
+    assert (background @ protected @ targets).norm() < 0.6 * (background @ plain @ targets).norm()
+
+
+@pytest.mark.parametrize(("n", "k"), [(3, 9), (6, 6), (9, 4)])
+@pytest.mark.parametrize("protected", [True, False])
+@pytest.mark.parametrize("weight", [0.5, 5.0])
+def test_with_contexts_each_failure_gets_its_own_push(n, k, protected, weight):
+    v, background, _ = protected_problem(n, k, 1, seed=3)
+    contexts = v * 0.7 + protected_problem(n, k, 1, seed=4)[0] * 0.3
+    factor = moment_factor(background) if protected else None
+    answer = protected_answer(v, factor, 1e-4, contexts, weight)
+    protection = moment(background) if protected else torch.eye(k, dtype=v.dtype)
+    wanted = answer_by_hand(v, protection, 1e-4, contexts, weight)
+    torch.testing.assert_close(answer, wanted, rtol=1e-5, atol=1e-6)
+    if n <= 3:
+        torch.testing.assert_close(v @ answer, torch.eye(n, dtype=v.dtype), rtol=0, atol=0.02)
+
+
+def test_failures_whose_contexts_look_like_each_other_get_their_own_pushes():
+    v, _, _ = protected_problem(2, 8, 1)
+    answer = protected_answer(v, None, 1e-4, v.flip(0), 100.0)
+    torch.testing.assert_close(v @ answer, torch.eye(2, dtype=v.dtype), rtol=0, atol=0.01)
+
+
+def test_without_contexts_nothing_is_averaged_or_scaled():
+    v, background, _ = protected_problem(3, 7, 1)
+    factor = moment_factor(background)
+    torch.testing.assert_close(
+        protected_answer(v, factor, 1e-2), protected_answer(v, factor, 1e-2, None, generalization=5.0)
+    )

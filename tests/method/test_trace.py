@@ -1,93 +1,121 @@
-"""What a trace reads besides attributions (see test_locate.py): gradients at tokens, and plausible contexts."""
+"""The trace: activations, gradients, scores and contexts at failures, against plain autograd of each row alone."""
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from peft_star import StarConfig
 from peft_star.engine.batch import completion_offsets, make_batches
+from peft_star.engine.engine import Engine
 from peft_star.engine.passes import teacher_forced
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import Row
-from peft_star.method.trace import plausibility, trace
+from peft_star.method.trace import Probe, trace
 from peft_star.models import structure
-from support.rows import contexts_by_hand, dense_plausibility, failures_of, is_packed, shared_rows
-from support.tiny_models import MODELS, VOCAB, tiny_mixtral
+from support.rows import (
+    contexts_by_hand,
+    dense_plausibility,
+    failures_of,
+    is_packed,
+    random_rows,
+    shared_rows,
+    traced,
+    unordered_rows,
+)
+from support.tiny_models import MODELS, tiny_mixtral
 
 
-def rows_for(number=4):
-    """Rows that batches, by length, take out of their order."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for index in range(number):
-        ids = torch.randint(3, VOCAB, (9 - 3 * index % 5,), generator=generator).tolist()
-        made.append(Row(index, "", "", tuple(ids[:3]), tuple(ids[3:])))
-    return made
+@pytest.mark.parametrize("name", MODELS)
+def test_the_trace_matches_plain_autograd(name):
+    model = MODELS[name].build()
+    rows, ffns = random_rows(), structure.find_second_matrices(model)
+    found = traced(model, rows)
+    assert found.medium.numel() > 2
+    scores = found.scores()
+
+    # reference: the full weight gradient, row by row, without padding, batching or hooks on the head
+    model.requires_grad_(True)
+    weights = {key: module.weight for key, module in ffns.items()}
+    kept = {}
+    handles = [
+        module.register_forward_hook(lambda m, a, o, key=key: kept.__setitem__(key, a[0]))
+        for key, module in ffns.items()
+    ]
+    reference = {key: 0.0 for key in ffns}
+    squares = {key: 0.0 for key in ffns}
+    loss = 0.0
+    medium = 0
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        positions = torch.tensor(list(row.medium_positions))
+        expected = torch.tensor(row.completion_ids)
+        failing = logits[positions].argmax(-1) != expected
+        if not failing.any():
+            continue
+        medium += int(failing.sum())
+        part = torch.nn.functional.cross_entropy(logits[positions[failing]], expected[failing], reduction="sum")
+        loss += part.item()
+        inputs = [kept[key] for key in ffns]
+        gradients = torch.autograd.grad(part, [*weights.values(), *inputs])
+        for key, by_weight, by_input, v in zip(ffns, gradients, gradients[len(ffns) :], inputs):
+            conv = model.get_submodule(key).__class__.__name__ == "Conv1D"
+            reference[key] = reference[key] + (by_weight if conv else by_weight.T)
+            v, by_input = v.reshape(-1, v.shape[-1]), by_input.reshape(-1, by_input.shape[-1])
+            squares[key] = squares[key] + (v[positions[failing]] * by_input[positions[failing]]).square().sum(0)
+    for handle in handles:
+        handle.remove()
+    assert found.medium.numel() == medium
+    assert found.loss == pytest.approx(loss, rel=1e-4)
+    neurons = torch.tensor([0, 3, 7])
+    for key in ffns:
+        torch.testing.assert_close(found.layers[key].gradient(neurons), reference[key][neurons], rtol=2e-3, atol=1e-5)
+        torch.testing.assert_close(scores[key], squares[key].detach().sqrt(), rtol=2e-3, atol=1e-6)
 
 
-def parts(model):
-    model.requires_grad_(False)
-    return structure.find_second_matrices(model), dict(structure.find_decoder_layers(model))
+def test_batches_do_not_change_the_trace():
+    model = MODELS["llama"].build()
+    rows = random_rows(5)
+    whole, small = traced(model, rows), traced(model, rows, max_tokens=1)
+    assert whole.loss == pytest.approx(small.loss, rel=1e-5)
+    order = whole.medium.argsort(), small.medium.argsort()
+    assert torch.equal(whole.medium[order[0]], small.medium[order[1]])
+    for key in whole.layers:
+        activations = [torch.cat(t.layers[key].activations)[o] for t, o in zip((whole, small), order)]
+        torch.testing.assert_close(*activations)
+        torch.testing.assert_close(whole.layers[key].squares, small.layers[key].squares)
 
 
-def traced(model, rows, max_tokens=1000, packed=False, **kwargs):
-    ffns, layers = parts(model)
-    batches = make_batches(rows, max_tokens, model=model if packed else None)
-    return batches, trace(model, batches, ffns, layers, **kwargs)
+def test_sequences_that_would_take_too_much_memory_are_not_kept(monkeypatch):
+    monkeypatch.setattr("peft_star.method.trace.KEEP_BYTES", 10)
+    model = MODELS["llama"].build()
+    found = traced(model, random_rows())
+    layer = next(iter(found.layers.values()))
+    assert layer.inputs is None and layer.gradient(torch.tensor([0])) is None
+    assert layer.squares is not None
 
 
-def weights_of(model, batch):
-    """Plausibility at all tokens of a batch, from the head's own inputs."""
-    seen = []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+def test_a_tie_that_goes_the_right_way_is_no_failure():
+    """Its semantic delta would be that of a token with itself."""
+    model = MODELS["llama"].build()
     with torch.no_grad():
-        model(**batch.model_inputs(), use_cache=False)
-    handle.remove()
-    return plausibility(model, seen[0], batch, torch.arange(len(batch)), chunk=5)
+        model.lm_head.weight[9] = model.lm_head.weight[5]
+        model.lm_head.weight[[*range(5), *range(6, 9), *range(10, 64)]] = 0
+        model.lm_head.weight[:, :] *= torch.sign(model(input_ids=torch.tensor([[7]])).logits[0, 0, 5])
+    argmax = model(input_ids=torch.tensor([[7]])).logits[0, 0].argmax().item()
+    assert argmax in (5, 9)
+    found = traced(model, [Row(0, "", "", (7,), (argmax,))])
+    assert found.predictions.margin.item() == 0 and not found.medium.numel()
 
 
-# predictions
-
-
-def test_predictions_are_those_of_dense_logits():
-    rows, model = rows_for(), MODELS["llama"].build()
-    now = teacher_forced(model, make_batches(rows, 30))
-    for row, offset in zip(rows, completion_offsets(rows)):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
-        for number, (position, token) in enumerate(zip(row.medium_positions, row.completion_ids)):
-            slot, at = offset + number, logits[position]
-            others = at.clone()
-            others[token] = -torch.inf
-            assert now.expected[slot] == token and now.argmax[slot] == at.argmax()
-            assert now.rival[slot] == others.argmax()
-            p = at.softmax(-1)
-            assert now.gap[slot].item() == pytest.approx((at[token] - others.max()).item(), abs=1e-5)
-            assert now.p_expected[slot].item() == pytest.approx(p[token].item(), abs=1e-6)
-            assert now.margin[slot].item() == pytest.approx((p[token] - p[others.argmax()]).item(), abs=1e-6)
-    assert torch.equal(now.right, now.gap > 0)
-
-
-def test_the_rival_of_a_token_that_is_right_is_the_second():
-    batch = make_batches([Row(0, "", "", (3, 4), (5, 6))], 100)[0]
-    now = Predictions.empty(2)
-    logits = torch.zeros(2, VOCAB)
-    logits[0, 5], logits[0, 9], logits[1, 7], logits[1, 6] = 3.0, 2.0, 5.0, 4.0
-    now.read(batch, logits)
-    assert now.argmax.tolist() == [5, 7] and now.rival.tolist() == [9, 7]
-    assert now.gap.tolist() == [1.0, -1.0] and now.right.tolist() == [True, False]
-
-
-def test_joined_predictions_are_tensors_of_their_own():
-    a, b = Predictions.empty(2), Predictions.empty(3)
-    a.gap[:], b.gap[:] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])
-    both = Predictions.join(a, b)
-    assert isinstance(both, Predictions) and both.gap.tolist() == [1, 2, 3, 4, 5]
-    both.gap[0] = 9
-    copy = Predictions.join(a)
-    copy.argmax[0] = 7
-    assert a.gap[0] == 1 and a.argmax[0] == -1
-    first = both.head(2)
-    assert first.gap.tolist() == [9, 2] and len(first.right) == 2
+def test_only_the_slots_asked_for_are_traced():
+    model = MODELS["llama"].build()
+    rows = random_rows()
+    everything = traced(model, rows)
+    one = traced(model, rows, only=everything.medium[:1])
+    assert one.medium.tolist() == everything.medium[:1].tolist()
+    assert 0 < one.loss < everything.loss
 
 
 # gradients and activations at the traced tokens
@@ -96,8 +124,8 @@ def test_joined_predictions_are_tensors_of_their_own():
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2"])
 def test_activations_and_gradients_are_those_of_each_failure_in_the_order_of_the_slots(name, max_tokens):
-    model, rows = MODELS[name].build(), rows_for()
-    _, found = traced(model, rows, max_tokens)
+    model, rows = MODELS[name].build(), unordered_rows()
+    found = traced(model, rows, max_tokens)
     ffns = structure.find_second_matrices(model)
     failures = failures_of(model, rows)
     assert found.medium.tolist() == [slot for slot, *_ in failures] and len(failures) > 4
@@ -123,19 +151,19 @@ def test_activations_and_gradients_are_those_of_each_failure_in_the_order_of_the
 
 
 def test_slots_that_are_right_are_traced_when_asked_for():
-    model, rows = MODELS["llama"].build(), rows_for()
-    before = teacher_forced(model, make_batches(rows, 1000))
+    model, rows = MODELS["llama"].build(), unordered_rows()
+    before = teacher_forced(Engine(model), make_batches(rows, 1000))
     # one token is made right by expecting what the model says
     row = rows[1]
     said = int(before.argmax[len(rows[0].completion_ids)])
     rows[1] = Row(row.index, "", "", row.prompt_ids, (said, *row.completion_ids[1:]))
     slot = len(rows[0].completion_ids)
-    _, plain = traced(model, rows)
+    plain = traced(model, rows)
     assert plain.predictions.right[slot] and slot not in plain.medium.tolist()
-    _, also = traced(model, rows, also_slots=torch.tensor([slot]))
+    also = traced(model, rows, at=torch.tensor([slot, *plain.medium.tolist()]))
     assert also.medium.tolist() == sorted([*plain.medium.tolist(), slot])
     wrong = plain.medium[0]
-    _, only = traced(model, rows, only_slots=wrong[None], also_slots=torch.tensor([slot]))
+    only = traced(model, rows, at=torch.tensor([slot, int(wrong)]))
     assert only.medium.tolist() == sorted([int(wrong), slot])
     index = only.medium.tolist().index(slot)
     neurons = torch.arange(5)
@@ -147,10 +175,10 @@ def test_slots_that_are_right_are_traced_when_asked_for():
 
 
 def test_predictions_elsewhere_are_kept_and_not_written_to():
-    model, rows = MODELS["llama"].build(), rows_for()
+    model, rows = MODELS["llama"].build(), unordered_rows()
     elsewhere = Predictions.empty(completion_offsets(rows)[-1] + 3)
     elsewhere.gap[:] = 7.0
-    _, found = traced(model, rows, elsewhere=elsewhere)
+    found = traced(model, rows, start=elsewhere)
     assert (found.predictions.gap[-3:] == 7).all() and (elsewhere.gap == 7).all()
     assert (found.predictions.gap[:-3] != 7).all()
 
@@ -158,37 +186,16 @@ def test_predictions_elsewhere_are_kept_and_not_written_to():
 # plausible contexts
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "phi", "opt", "falcon", "gemma3"])
-def test_plausibility_is_the_dense_softmax_over_earlier_positions_of_the_same_row(name):
-    model, rows = MODELS[name].build(), rows_for()
-    with torch.no_grad():  # sure of something, and not equally sure everywhere
-        model.get_output_embeddings().weight.mul_(20)
-        if getattr(model.get_output_embeddings(), "bias", None) is not None:
-            model.get_output_embeddings().bias.normal_()
-    rows[0] = Row(0, "", "", (5,), (9, 8))  # its first token has nothing before it but itself
-    (batch,) = make_batches(rows, 1000)
-    weights = weights_of(model, batch)
-    assert weights.shape == (len(batch), batch.input_ids.shape[1])
-    torch.testing.assert_close(weights.sum(1), torch.ones(len(batch)))
-    by_index = {row.index: row for row in rows}
-    sequences = [by_index[item.index] for item in batch.items]
-    for weight, number, position, token in zip(weights, batch.rows, batch.positions, batch.expected):
-        assert not weight[max(int(position), 1) :].any()
-        wanted = dense_plausibility(model, sequences[number], int(position), int(token))
-        torch.testing.assert_close(weight[: len(wanted)].double(), wanted, rtol=1e-3, atol=1e-5)
-    assert weights.max() > 0.5
-
-
 @pytest.mark.parametrize("max_tokens", [1, 30, 1000])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_contexts_average_the_activations_by_plausibility(name, max_tokens):
-    model, rows = MODELS[name].build(), rows_for()
+    model, rows = MODELS[name].build(), unordered_rows()
     neurons = torch.tensor([0, 2, 39])
-    _, found = traced(model, rows, max_tokens, with_contexts=True)
+    found = traced(model, rows, max_tokens, contexts=True)
     for key, wanted in contexts_by_hand(model, rows, neurons).items():
         torch.testing.assert_close(found.contexts(key, neurons), wanted, rtol=1e-3, atol=1e-5)
     # nothing else changes
-    _, plain = traced(model, rows, max_tokens)
+    plain = traced(model, rows, max_tokens)
     for key in plain.layers:
         assert torch.equal(plain.gradients(key), found.gradients(key))
 
@@ -197,35 +204,19 @@ def test_contexts_average_the_activations_by_plausibility(name, max_tokens):
 def test_contexts_behind_a_shared_prefix_are_those_of_rows_alone(name):
     model, rows = MODELS[name].build(), shared_rows()
     neurons = torch.arange(40)
-    batches, found = traced(model, rows, 200, packed=True, with_contexts=True)
-    assert all(is_packed(batches))
+    found = traced(model, rows, 200, packed=True, contexts=True)
+    assert all(is_packed(found.batches))
     for key, wanted in contexts_by_hand(model, rows, neurons).items():
         torch.testing.assert_close(found.contexts(key, neurons), wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_a_packed_row_sees_its_prefix_and_itself_only():
-    model, rows = MODELS["llama"].build(), shared_rows()
-    (batch,) = make_batches(rows, 200, model=model)
-    weights = weights_of(model, batch)
-    torch.testing.assert_close(weights.sum(1), torch.ones(len(batch)))
-    for weight, number, position in zip(weights, batch.rows, batch.positions):
-        segments = batch.segments[number]
-        seen = (segments == 0) | (segments == segments[position])
-        assert (weight[: int(position)][seen[: int(position)]] > 0).all()
-        assert not weight[int(position) :].any() and not weight[~seen].any()
-
-
 def test_contexts_of_routed_experts():
-    from peft import get_peft_model
-
-    from peft_star import StarConfig
-
     model = get_peft_model(tiny_mixtral(), StarConfig(num_neurons=4, target_modules=["experts"])).base_model.model
     name = "model.layers.1.mlp.experts"
     second, layers = model.get_submodule(name).second, dict(structure.find_decoder_layers(model))
-    rows = rows_for()
+    rows = unordered_rows()
     model.requires_grad_(False)
-    found = trace(model, make_batches(rows, 1000), {name: second}, layers, with_contexts=True)
+    found = trace(Engine(model), make_batches(rows, 1000), Probe({name: second}, layers, contexts=True))
     failures = failures_of(model, rows)
     kept = {}
     second.register_forward_pre_hook(lambda module, args: kept.update(v=args[0]))

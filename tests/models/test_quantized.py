@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_star import Linear, RepairArguments, StarConfig, fingerprint, prepare, repair
 from peft_star.engine.batch import make_batches
+from peft_star.engine.engine import Engine
 from peft_star.failures import encode_rows
 from peft_star.method.semantics import semantic_bases
-from peft_star.method.trace import trace
+from peft_star.method.trace import Probe, trace
 from peft_star.models.quantized import mend_packing, read_weight
 from peft_star.models.structure import find_decoder_layers, find_second_matrices
 from support.tiny_models import MODELS
@@ -160,14 +161,15 @@ def test_gradients_are_those_of_the_weights_that_the_base_stands_for(config, dir
     for model in (base, exact):
         model.requires_grad_(False)
         mend_packing(model)
-        traces.append(trace(model, rows, find_second_matrices(model), dict(find_decoder_layers(model))))
+        probe = Probe(find_second_matrices(model), dict(find_decoder_layers(model)))
+        traces.append(trace(Engine(model), rows, probe))
     ours, theirs = traces
     assert torch.equal(ours.medium, theirs.medium)
     for name in ours.layers:
         for attribute in ("activations", "inputs", "output_gradients"):
             pair = [torch.cat(getattr(t.layers[name], attribute)).flatten() for t in traces]
             assert nn.functional.cosine_similarity(*pair, dim=0) > 0.99, (name, attribute)
-        pair = [t.layers[name].scores for t in traces]
+        pair = [t.layers[name].squares for t in traces]
         assert pair[0].gt(0).any() and nn.functional.cosine_similarity(*pair, dim=0) > 0.99
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from peft_star import StarConfig, export_lora
 from peft_star.engine.batch import make_batches
+from peft_star.engine.engine import Engine
 from peft_star.failures import Row
-from peft_star.method.trace import trace
+from peft_star.method.trace import Probe, trace
 from peft_star.models import structure
 from peft_star.tuner.experts import Experts
 from support.tiny_models import tiny_llama, tiny_mixtral, tokens
@@ -327,7 +328,7 @@ def test_trace_through_the_second_matrix():
     base = model.base_model.model
     names = [name for name, module in base.named_modules() if isinstance(module, Experts)]
     ffns = {name: base.get_submodule(name).second for name in names}
-    traced = trace(base, batches, ffns, dict(structure.find_decoder_layers(base)))
+    traced = trace(Engine(base), batches, Probe(ffns, dict(structure.find_decoder_layers(base))))
     assert traced.medium.numel() > 0
     deltas = [base.get_submodule(name).star_delta["default"].requires_grad_(True) for name in names]
     output = base(input_ids=torch.tensor([ids])).logits[0].float()
@@ -337,7 +338,7 @@ def test_trace_through_the_second_matrix():
     for name, gradient in zip(names, torch.autograd.grad(loss, deltas)):
         layer = base.get_submodule(name)
         found = traced.layers[name]
-        assert found.scores.shape == (96,)
+        assert found.squares.shape == (96,)
         neurons = layer.star_neurons["default"].long()
         torch.testing.assert_close(found.gradient(neurons), gradient, atol=1e-4, rtol=1e-3)
 

@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_star import RepairArguments, StarConfig, repair
 from peft_star.engine.batch import make_batches
+from peft_star.engine.engine import Engine
 from peft_star.engine.passes import generate, teacher_forced
 from peft_star.failures import encode_rows
 from peft_star.loading import load_model
@@ -49,8 +50,8 @@ def test_right_teacher_forced_is_right_generated(smollm2):
     """The equivalence that makes a token-wise repair a repair of what users see."""
     model, tokenizer = smollm2
     rows = encode_rows(fresh_rows(model, tokenizer), tokenizer)
-    predictions = teacher_forced(model, make_batches(rows, 2048))
-    generated = generate(model, tokenizer, rows, 2048)
+    predictions = teacher_forced(Engine(model), make_batches(rows, 2048))
+    generated = generate(Engine(model), tokenizer, rows)
     right, start = [], 0
     for row, new in zip(rows, generated):
         slots = slice(start, start + len(row.completion_ids))
@@ -141,11 +142,12 @@ def test_generalization_moves_related_failures_further(smollm2):
     ]
     related = [{"prompt": prompt, "completion": "concat"} for prompt in prompts]
     batches = make_batches(encode_rows(related, tokenizer), 2048)
-    before = teacher_forced(base, batches)
+    before = teacher_forced(Engine(base), batches)
     assert not before.right.any() and len(before.right) == len(related)
     gained = {}
     for generalization in (0.0, 5.0):
         model = patched_by(base, tokenizer, failures, generalization=generalization, background=512)
-        gained[generalization] = (teacher_forced(model.base_model.model, batches).gap - before.gap).mean().item()
+        now = teacher_forced(Engine(model.base_model.model), batches)
+        gained[generalization] = (now.gap - before.gap).mean().item()
         model.unload()
     assert gained[5.0] > 1.05 * gained[0.0] > 0, gained
