@@ -121,7 +121,7 @@ METHODS: dict[str, Callable[..., Method]] = {
         _method(Adapter, "lora-10", adapter="lora", **ADAPTER, max_steps=10),
         _method(Adapter, "shira", adapter="shira", **ADAPTER, max_steps=50),
         _method(LogitBias, "logit-bias", max_sweeps=100),
-        _method(Rome, "rome", **EDITOR, averaged=False),
+        _method(Rome, "rome", **{**EDITOR, "clamp": 4.0}, averaged=False),
         _method(Memit, "memit", **EDITOR, moment_weight=100.0, batch=0),
         _method(AlphaEdit, "alphaedit", **EDITOR, threshold=0.02, ridge=10.0, batch=0),
     )
