@@ -242,7 +242,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
                 axis.annotate(str(examples), place, (4, 4), textcoords="offset points", fontsize=8, color=look.color)
         axis.set_xlabel("near rows kept")
         axis.set_ylabel("related rows fixed")
-        axis.set_title("Repaired from 1, 2 or 4 examples of an API change, as the numbers say")
+        axis.set_title("API changes, repaired from as many examples as the numbers say")
         figure.legend(loc="outside right upper")
         save(figure, path)
 
@@ -270,6 +270,14 @@ def main() -> None:
     # which patches there are may change from run to run, how each is made may not
     free = ("methods", "facts", "rows", "together", "focus", "migrations", "examples", "plot")
     state = resume(given.json, setting_of(given, *free))
+    known = state.setdefault("methods", {})
+    for name in given.methods:
+        settings = parse_method(name).settings
+        if known.setdefault(name, settings) != settings:
+            raise SystemExit(f"{given.json} holds {name} with other settings; name another file.")
+    # what is a fact's number in one file is another fact in another
+    if given.facts and state.setdefault("facts", str(given.facts)) != str(given.facts):
+        raise SystemExit(f"{given.json} holds results of {state['facts']}; name another file.")
     base, tokenizer = load(given)
     study = Study(base, tokenizer, margin=given.margin, focus=given.focus)
     finished = run_units(units(study, given), state, given.json)

@@ -216,6 +216,12 @@ def test_transfer_from_the_command_line(command, tmp_path, capsys, monkeypatch):
     assert len(more["method memit, facts 2, first 0"]["rewrite"]) == 2
     with pytest.raises(SystemExit, match="other settings"):
         command(*options, "--margin", 0.3)
+    with pytest.raises(SystemExit, match="holds results of .*facts.jsonl"):
+        command(*options, "--facts", tmp_path / "others.jsonl")
+    make = transfer.parse_method
+    monkeypatch.setattr(transfer, "parse_method", lambda name: make(name + ":steps=3" if name == "memit" else name))
+    with pytest.raises(SystemExit, match="holds memit with other settings"):
+        command(*options)
 
 
 def test_an_interrupted_run_goes_on(command, monkeypatch, capsys):
