@@ -36,6 +36,9 @@ _METHODS = {
     "lora": ("LoRA", "#8C6D00", "<"),
     "lora-practice": ("LoRA, usual settings", "#8C6D00", "d"),
     "shira": ("SHiRA", "#7F3C8D", ">"),
+    "rome": ("ROME", ORANGE, "p"),
+    "memit": ("MEMIT", GREEN, "*"),
+    "alphaedit": ("AlphaEdit", PURPLE, "8"),
 }
 _SPARE = ((GREY, "h"), ("#A05195", "p"), ("#2F4B7C", "8"), ("#665191", "*"))
 

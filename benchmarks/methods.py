@@ -9,7 +9,9 @@ as 64 a layer, ranked over all layers together; `star-layer` and `star-neuron` a
 Table 5. The paper does not spell these out, but says that one patches hundreds of times as many neurons as the other.
 With 11,008 neurons in a layer, and 64 in section 5.2 ("specifying the layer that is most critical to the loss"), these
 are all neurons of the one most critical layer, and 64 of them. `sgd` has the paper's rate; `lora-10` has as many steps
-as STAR, `lora`, `lora-practice` and `shira` have 50.
+as STAR, `lora`, `lora-practice` and `shira` have 50. `rome`, `memit` and `alphaedit` are for facts: they need the
+`focus` of each row, its subject. Their searches have EasyEdit's settings; layers and weights were chosen on
+SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from baselines import Adapter, FullSGD, LogitBias, Mint
+from editors import AlphaEdit, Memit, Rome
 from interface import Applied, Method, Outcome, Problem
 from peft_star import RepairArguments, RepairCallback, RepairReport, StarConfig, repair
 
@@ -98,6 +101,8 @@ ADAPTER = {"optimizer": "adamw", "rank": 8, "target_modules": "ffn-second", "lea
 PRACTICE = {**ADAPTER, "rank": 16, "target_modules": "all-linear", "learning_rate": 2e-4}
 # Algorithm 1 to the letter
 PAPER = {"algorithm": "prior-guided", "damping": 1.0, "growth": 1.0}
+SEARCH = {"steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "clamp": 0.75, "kl_weight": 0.0625}
+EDITOR = {"layers": None, **SEARCH, "tokens": 60_000, "text": None}
 
 METHODS: dict[str, Callable[..., Method]] = {
     factory.args[0]: factory
@@ -116,6 +121,9 @@ METHODS: dict[str, Callable[..., Method]] = {
         _method(Adapter, "lora-10", adapter="lora", **ADAPTER, max_steps=10),
         _method(Adapter, "shira", adapter="shira", **ADAPTER, max_steps=50),
         _method(LogitBias, "logit-bias", max_sweeps=100),
+        _method(Rome, "rome", **{**EDITOR, "clamp": 4.0}, averaged=False),
+        _method(Memit, "memit", **EDITOR, moment_weight=100.0, batch=0),
+        _method(AlphaEdit, "alphaedit", **EDITOR, threshold=0.02, ridge=10.0, batch=0),
     )
 }
 
