@@ -14,6 +14,7 @@ from ..engine.engine import Engine
 from ..engine.passes import predict
 from ..engine.predictions import Predictions
 from ..engine.replay import Replay
+from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
 from ..sharing.hub import remember_report
@@ -26,7 +27,7 @@ from .objective import Goal
 from .records import make_report
 from .subject import Run, Subject
 from .trace import Trace, trace
-from .verify import Case, Seen, look_before, verify
+from .verify import Case, Seen, look_at_related, look_before, verify
 
 
 class RepairInterrupted(KeyboardInterrupt):
@@ -44,6 +45,7 @@ def repair(
     args: RepairArguments | None = None,
     *,
     retain: Iterable[dict[str, Any]] | None = None,
+    related: Iterable[dict[str, Any]] | None = None,
     callbacks: Sequence[RepairCallback] | None = None,
 ) -> RepairReport:
     """Find the failing tokens of `failures`, patch the neurons that cause them, and verify the patch.
@@ -55,8 +57,11 @@ def repair(
         model: A `PeftModel` from `get_peft_model(base, StarConfig(...))` or `PeftModel.from_pretrained`.
         tokenizer: Its tokenizer.
         failures: Rows `{"prompt", "completion"}`, strings or lists of chat messages; a list or a `datasets.Dataset`.
+            They may carry `focus` (a text span of the prompt, or a list of spans, that the problem is about) and
+            `problem` (a name), too.
         args: How to run; defaults to `RepairArguments()`.
         retain: Rows of the same form that must stay as they are; tokens of theirs that break join the loss.
+        related: Rows of the same form that are only looked at, for the report to say how far the repair carries over.
         callbacks: [`RepairCallback`]s.
 
     Returns:
@@ -70,12 +75,14 @@ def repair(
     args = args or RepairArguments()
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, callbacks)
     rows = subject.encode(failures, "failures row")
-    retain = list(retain) if retain is not None and not isinstance(retain, (str, bytes, dict)) else retain
-    retained = subject.encode(retain, "retain row") if retain else []
+    retained, related = (
+        _encode_optional(subject, given, name) for given, name in ((retain, "retain row"), (related, "related row"))
+    )
     interrupted = after = None
-    with _running(subject, args, journal, (rows, retained)) as run:
-        case = Case.of(run.engine, rows, retained)
+    with _running(subject, args, journal, (rows, retained, related)) as run:
+        case = Case.of(run.engine, rows, retained, related)
         before, traced = look_before(run, case)
+        seen = look_at_related(run, case, before) if related else before
         try:
             after = MODES[args.mode](run, case, before, traced)
         except KeyboardInterrupt as error:
@@ -85,7 +92,7 @@ def repair(
             interrupted = error
         subject.config.base_fingerprint = fingerprint(subject.base)
         now = verify(run, case, after, args.verify_generation and not interrupted)
-        report = make_report(run, case, before, now, interrupted is not None)
+        report = make_report(run, case, seen, now, interrupted is not None)
     remember_report(model, subject.adapter, report)
     journal.call("on_repair_end")
     if interrupted is not None:
@@ -122,6 +129,12 @@ def prepare(
         prior_guided.solve(run, locate(run, traced), traced)
     deltas = {name: layer.star_delta[subject.adapter] for name, layer in subject.layers().items()}
     return {name: delta.star_prior for name, delta in deltas.items()}
+
+
+def _encode_optional(subject: Subject, rows: Iterable[dict[str, Any]] | None, name: str) -> list[Row]:
+    """The rows as tokens, if there are any."""
+    rows = list(rows) if rows is not None and not isinstance(rows, (str, bytes, dict)) else rows
+    return subject.encode(rows, name) if rows else []
 
 
 @contextmanager
