@@ -6,6 +6,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 QUANTIZED := $(VENV)/.installed-quantized
 PYTEST_ARGS ?=
+# A worker a core, but each holds a real model: at most four. PYTEST_ARGS="-n 0" does without.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 SOURCES := src tests examples $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
@@ -37,10 +39,10 @@ demo: $(STAMP) ## Repair a real small model, step by step (about a minute)
 	$(PY) -m peft_star demo --overwrite
 
 test: $(QUANTIZED) ## The tests, without the slow ones
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(QUANTIZED) ## Every test
-	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(PY) -m ruff check $(SOURCES)

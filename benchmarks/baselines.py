@@ -12,69 +12,60 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
 
-from interface import MAX_BATCH_TOKENS, Applied, Method, Problem, device_of
+from interface import Applied, Method, Problem, padded
 from peft_star import RepairArguments
-from peft_star.engine.batch import Batch, completion_offsets, make_batches
-from peft_star.engine.passes import completion_logits, loss_at, teacher_forced
+from peft_star.engine.batch import Batch, completion_offsets
+from peft_star.engine.engine import Engine
+from peft_star.engine.passes import completion_logits, teacher_forced
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import Row
+from peft_star.method.objective import Goal, Task
 from peft_star.method.semantics import semantic_bases, semantic_delta
 from peft_star.models.structure import find_second_matrices
 
 ROUNDS = RepairArguments.max_rounds
 
 
-def forward_backward(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    choose: Callable[[Predictions], torch.Tensor],
-    wanting: Callable[[Predictions], torch.Tensor] | None = None,
-) -> Predictions:
-    """Predict, and accumulate the gradient of the loss at the tokens (mask of S) that `choose` names.
+@dataclass(frozen=True)
+class Unseen(Task):
+    """The task of a first pass, before anybody knows what fails: those of the tokens `medium` that turn out wrong."""
 
-    A batch without a token that is `wanting` (default: chosen) has nothing to ask for and is not differentiated.
-    """
-    predictions = Predictions.empty(sum(map(len, batches)))
-    for batch in batches:
-        slots = batch.slots.cpu()
-        with torch.enable_grad():
-            logits = completion_logits(model, batch)
-        predictions.read(batch, logits.detach())
-        if (wanting or choose)(predictions)[slots].any():
-            with torch.enable_grad():
-                loss_at(logits, batch, choose(predictions)[slots]).backward()
-    return predictions
+    def at_stake(self, now: Predictions) -> torch.Tensor:
+        return self.medium & ~now.right
 
 
-class Goal:
-    """What one repair wants of the S completion tokens: the failing ones right, the right ones kept."""
+def goal_of(batches: Sequence[Batch], before: Predictions, only: torch.Tensor, margin: float) -> Goal:
+    """To solve what fails among the tokens `only` (mask of S), and to break nothing."""
+    task = Task.of((only & ~before.right).nonzero()[:, 0], before, margin)
+    return Goal(tuple(batches), (), task, before)
 
-    def __init__(self, failing: torch.Tensor, right: torch.Tensor, margin: float):
-        self.failing, self.right, self.margin = failing, right, margin
 
-    def broken(self, predictions: Predictions) -> torch.Tensor:
-        return self.right & ~predictions.right
+def first_look(engine: Engine, batches: Sequence[Batch], only: torch.Tensor, margin: float) -> tuple[Goal, float]:
+    """One forward-backward that finds the failures among the tokens `only` (mask of S), and accumulates the gradient
+    of their loss. Returns the goal and this loss."""
+    unseen = Unseen(only, torch.zeros_like(only), margin)
+    start = Goal(tuple(batches), (), unseen, Predictions.empty(len(only)))
+    before, loss = start.look(engine, differentiate=True)
+    return goal_of(batches, before, only, margin), loss
 
-    def chosen(self, predictions: Predictions) -> torch.Tensor:
-        """The tokens in the loss."""
-        return self.failing | self.broken(predictions)
 
-    def wanting(self, predictions: Predictions) -> torch.Tensor:
-        """The tokens for whose sake there is another step."""
-        return self.failing & ~predictions.solved(self.margin) | self.broken(predictions)
+def rank(goal: Goal, now: Predictions) -> tuple[int, int]:
+    """Larger is better: failures solved, then tokens left whole; of equal states the baselines keep the first."""
+    solved, whole, _ = goal.task.score(now)
+    return solved, whole
 
-    def reached(self, predictions: Predictions) -> bool:
-        return not self.wanting(predictions).any()
 
-    def score(self, predictions: Predictions) -> tuple[int, int]:
-        """Larger is better: failures solved, then tokens left whole."""
-        return int((self.failing & predictions.right).sum()), -int(self.broken(predictions).sum())
+def first_of(wanting: torch.Tensor, task: Task) -> int:
+    """The first failure among the tokens `wanting` (mask of S), or else the first of them."""
+    failures = wanting & task.medium
+    return int((failures if failures.any() else wanting).nonzero()[0])
 
 
 class Baseline(Method):
@@ -96,19 +87,18 @@ class Baseline(Method):
             yield Applied(patch.model, steps)
 
     def _multiple(self, patch, problem: Problem) -> int:
-        batches = make_batches(problem.encoded, MAX_BATCH_TOKENS, device_of(problem.base))
+        batches = padded(problem.encoded, problem.base)
         everything = torch.ones(sum(map(len, batches)), dtype=torch.bool)
         return self.solve(patch, batches, everything, problem.margin)
 
     def _single(self, patch, problem: Problem) -> int:
-        device = device_of(problem.base)
-        batches = make_batches(problem.encoded, MAX_BATCH_TOKENS, device)
-        before = teacher_forced(problem.base, batches)
+        batches = padded(problem.encoded, problem.base)
+        before = teacher_forced(problem.engine, batches)
         steps, solved = 0, 0
         for _ in range(ROUNDS):
             for row, start in zip(problem.encoded, completion_offsets(problem.encoded)):
                 steps += self._one_by_one(patch, row, ~before.right[start : start + len(row.completion_ids)], problem)
-            now = teacher_forced(problem.base, batches)
+            now = teacher_forced(problem.engine, batches)
             improved = int(now.right[~before.right].sum())
             if now.right.all() or improved <= solved:
                 break
@@ -116,8 +106,7 @@ class Baseline(Method):
         return steps
 
     def _one_by_one(self, patch, row: Row, failing: torch.Tensor, problem: Problem) -> int:
-        batches = make_batches([row], MAX_BATCH_TOKENS, device_of(problem.base))
-        steps = 0
+        batches, steps = padded([row], problem.base), 0
         for position in failing.nonzero()[:, 0].tolist():
             only = torch.zeros_like(failing)
             only[position] = True
@@ -140,25 +129,22 @@ class Descent(Baseline):
         return kinds[self.settings["optimizer"]](parameters, lr=self.settings["learning_rate"], weight_decay=0.0)
 
     def solve(self, patch: Tuned, batches: list[Batch], only: torch.Tensor, margin: float) -> int:
-        max_steps, optimizer = self.settings["max_steps"], self.optimizer(patch.parameters)
-        predictions = forward_backward(patch.model, batches, lambda seen: only & ~seen.right)
-        goal = Goal(only & ~predictions.right, predictions.right, margin)
-        if not goal.failing.any():
+        engine, optimizer = Engine(patch.model), self.optimizer(patch.parameters)
+        goal, _ = first_look(engine, batches, only, margin)
+        if not goal.task.medium.any():
             return 0
         best, kept, step = None, None, 0
-        for step in range(1, max_steps + 1):
+        for step in range(1, self.settings["max_steps"] + 1):
             optimizer.step()
             optimizer.zero_grad()
-            if step < max_steps:
-                predictions = forward_backward(patch.model, batches, goal.chosen, goal.wanting)
-            else:
-                predictions = teacher_forced(patch.model, batches)
-            if goal.reached(predictions):
+            last = step == self.settings["max_steps"]
+            now, _ = goal.look(engine, differentiate=not last)
+            if goal.task.done(now):
                 kept = None
                 break
-            if best is None or goal.score(predictions) > best:
-                best = goal.score(predictions)
-                kept = [parameter.detach().clone() for parameter in patch.parameters] if step < max_steps else None
+            if best is None or rank(goal, now) > best:
+                best = rank(goal, now)
+                kept = None if last else [parameter.detach().clone() for parameter in patch.parameters]
         optimizer.zero_grad()
         if kept is not None:
             with torch.no_grad():
@@ -253,30 +239,23 @@ class Mint(Baseline):
 
     @torch.no_grad()
     def solve(self, patch: Columns, batches: list[Batch], only: torch.Tensor, margin: float) -> int:
-        (batch,) = batches
-        goal: Goal | None = None
-        best, kept, step = None, None, 0
-        while True:
-            with self._activations(patch) as activations:
-                predictions = forward_backward(
-                    patch.model, batches, goal.chosen if goal else lambda p: only & ~p.right
-                )
-            goal = goal or Goal(only & ~predictions.right, predictions.right, margin)
-            wanting = goal.wanting(predictions)
-            if not wanting.any() or step == self.settings["max_patches"]:
-                break
-            # the failure, or when that is solved the broken token that is furthest from right
-            target = int((goal.failing & wanting if (goal.failing & wanting).any() else wanting).nonzero()[0])
-            chosen = self._best_candidate(patch, batch, goal, predictions, target, activations)
+        engine = Engine(patch.model)
+        with self._activations(patch) as activations:
+            goal, loss = first_look(engine, batches, only, margin)
+        now, best, kept, step = goal.before, None, None, 0
+        while not goal.task.done(now) and step < self.settings["max_patches"]:
+            chosen = self._best_candidate(patch, goal, now, loss, activations)
             if chosen is None:
                 break
-            name, neuron, delta, predictions = chosen
+            name, neuron, delta, now = chosen
             patch.add(name, neuron, delta)
             step += 1
-            if best is None or goal.score(predictions) > best:
-                best, kept = goal.score(predictions), patch.state()
-            if goal.reached(predictions):
+            if best is None or rank(goal, now) > best:
+                best, kept = rank(goal, now), patch.state()
+            if goal.task.done(now):
                 break
+            with self._activations(patch) as activations:
+                now, loss = goal.look(engine, differentiate=True)
         if kept is not None:
             patch.restore(kept)
         return step
@@ -302,17 +281,18 @@ class Mint(Baseline):
             for handle in handles:
                 handle.remove()
 
-    def _best_candidate(self, patch: Columns, batch: Batch, goal: Goal, predictions, target: int, activations):
+    def _best_candidate(
+        self, patch: Columns, goal: Goal, now: Predictions, loss: float, activations: dict[str, torch.Tensor]
+    ) -> tuple[str, int, torch.Tensor, Predictions] | None:
         """The neuron whose simulated patch lowers the loss most: (FFN, neuron, delta, predictions), or None."""
+        (batch,), target = goal.batches, first_of(goal.task.wanting(now), goal.task)
         position = int(batch.positions[target])
         values = {name: v[0, position].detach() for name, v in activations.items()}
         scores = {name: (values[name] * v.grad[0, position]).abs() for name, v in activations.items()}
         ends = torch.tensor([score.numel() for score in scores.values()]).cumsum(0)
         top = torch.cat(list(scores.values())).topk(self.settings["candidates"]).indices.tolist()
-        steer = -semantic_delta(
-            semantic_bases(patch.model), predictions.argmax[[target]], predictions.expected[[target]]
-        )[0]
-        best, loss = None, self._loss(goal, predictions)
+        steer = -semantic_delta(semantic_bases(patch.model), now.argmax[[target]], now.expected[[target]])[0]
+        best = None
         for index in top:
             layer = int(torch.searchsorted(ends, index, right=True))
             name = list(scores)[layer]
@@ -321,17 +301,11 @@ class Mint(Baseline):
             column = patch.column(name, neuron)
             before = column.clone()
             column += delta.to(column)
-            simulated = teacher_forced(patch.model, [batch])
+            simulated, simulated_loss = goal.look(Engine(patch.model))
             column.copy_(before)
-            simulated_loss = self._loss(goal, simulated)
             if simulated_loss < loss:
                 best, loss = (name, neuron, delta, simulated), simulated_loss
         return best
-
-    @staticmethod
-    def _loss(goal: Goal, predictions: Predictions) -> float:
-        p = predictions.p_expected[goal.chosen(predictions)].double()
-        return -p.clamp_min(1e-300).log().sum().item()
 
 
 class Bias:
@@ -376,12 +350,12 @@ class LogitBias(Baseline):
             found = completion_logits(patch.model, batch).float()
             predictions.read(batch, found)
             logits |= zip(batch.slots.tolist(), found)
-        goal = Goal(only & ~predictions.right, predictions.right, margin)
+        task = goal_of(batches, predictions, only, margin).task
         values = torch.zeros_like(found[0])
         demands: list[tuple[int, torch.Tensor]] = []
         tried = torch.zeros_like(only)
-        while (wanting := goal.wanting(predictions) & ~tried).any():
-            slot = int((goal.failing & wanting if (goal.failing & wanting).any() else wanting).nonzero()[0])
+        while (wanting := task.wanting(predictions) & ~tried).any():
+            slot = first_of(wanting, task)
             tried[slot] = True
             demand = int(predictions.expected[slot]), logits[slot]
             raised = self._raise([*demands, demand], values, margin)

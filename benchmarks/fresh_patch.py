@@ -14,11 +14,10 @@ import json
 import time
 from typing import Any
 
-from peft import get_peft_model
 from tqdm.auto import tqdm
 
 from harness import Harm, load, parser, resume, setting_of, task_rows, write_json
-from peft_star import RepairArguments, StarConfig, repair
+from methods import Star
 
 SUMS = ("failures", "solved", "right", "broken", "rows_solved")
 
@@ -27,13 +26,12 @@ def patch_row(
     base, tokenizer, row: dict[str, str], config: dict[str, Any], args: dict[str, Any], harm: Harm
 ) -> dict[str, Any]:
     """Patch one row on the unpatched model and take the patch off again."""
-    arguments = RepairArguments(**{"verify_generation": False, "disable_tqdm": True, **args})
-    model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", **config))
-    start = time.perf_counter()
-    report = repair(model, tokenizer, [row], arguments)
-    seconds = time.perf_counter() - start
-    divergence = harm(model).kl if report.failures else 0.0
-    model.unload()
+    star = Star("star", **config, **args)
+    with star.install(base) as model:
+        start = time.perf_counter()
+        report = star.repair(model, tokenizer, [row])
+        seconds = time.perf_counter() - start
+        divergence = harm(model).kl if report.failures else 0.0
     record = report.rows[0]
     return {
         "failures": len(report.failures),

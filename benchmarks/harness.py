@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -76,9 +78,6 @@ def load(given: argparse.Namespace, dtype: str = "float32"):
 
 def machine() -> dict[str, Any]:
     """The processor and the versions that figures depend on."""
-    import peft
-    import transformers
-
     return {
         "processor": platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from peft_star import RepairArguments
-from peft_star.engine.batch import make_batches
+from peft_star.engine.batch import Batch, make_batches
+from peft_star.engine.engine import Engine
 from peft_star.engine.passes import teacher_forced
 from peft_star.failures import Row, encode_rows
+from peft_star.models.inputs import input_device
 
 MAX_BATCH_TOKENS = RepairArguments.max_batch_tokens
 MODES = ("multiple", "single")
@@ -95,10 +97,6 @@ def frozen(base: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def device_of(base: nn.Module) -> torch.device:
-    return base.get_input_embeddings().weight.device
-
-
 def now(device: torch.device) -> float:
     """The clock, read when the device has finished what it was given."""
     if device.type == "cuda":
@@ -106,16 +104,26 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def padded(rows: Sequence[Row], base: nn.Module) -> list[Batch]:
+    """The rows in batches, each a sequence of its own. Sharing prefixes is how a repair of the package is fast, not
+    what the other methods do, nor how a patch is judged."""
+    return make_batches(rows, MAX_BATCH_TOKENS, input_device(base))
+
+
 @dataclass
 class Problem:
-    """What a method is given: the plain model and rows, as text and as tokens."""
+    """What a method is given: the engine of the plain model, and rows as text and as tokens."""
 
-    base: nn.Module
+    engine: Engine
     tokenizer: Any
     rows: Sequence[dict[str, Any]]
     encoded: list[Row]
     margin: float
     mode: str
+
+    @property
+    def base(self) -> nn.Module:
+        return self.engine.model
 
 
 @dataclass
@@ -168,17 +176,17 @@ class Method(ABC):
         """
         if mode not in MODES:
             raise ValueError(f"`mode` is {mode!r}; choose one of {', '.join(map(repr, MODES))}.")
-        device, passes = device_of(base), Passes()
+        device, passes, engine = input_device(base), Passes(), Engine(base, MAX_BATCH_TOKENS)
         encoded = encode_rows(rows, tokenizer)
-        batches = make_batches(encoded, MAX_BATCH_TOKENS, device)
+        batches = padded(encoded, base)
         with frozen(base):
-            before = teacher_forced(base, batches)
+            before = teacher_forced(engine, batches)
             with passes.counting(base):
                 start, cpu = now(device), time.process_time()
-                with self.apply(Problem(base, tokenizer, rows, encoded, margin, mode)) as applied:
+                with self.apply(Problem(engine, tokenizer, rows, encoded, margin, mode)) as applied:
                     seconds, cpu = now(device) - start, time.process_time() - cpu
                     counts = passes.differentiated, passes.total - passes.differentiated
-                    after = teacher_forced(base, batches)
+                    after = teacher_forced(engine, batches)
                     yield Outcome(
                         applied.model,
                         seconds,

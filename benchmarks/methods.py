@@ -14,19 +14,20 @@ as STAR, `lora`, `lora-practice` and `shira` have 50.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from torch import nn
 
 from baselines import Adapter, FullSGD, LogitBias, Mint
 from interface import Applied, Method, Outcome, Problem
-from peft_star import RepairArguments, StarConfig, repair
+from peft_star import RepairArguments, RepairCallback, RepairReport, StarConfig, repair
 
-__all__ = ["METHODS", "Method", "Outcome", "make_method"]
+__all__ = ["METHODS", "Method", "Outcome", "Star", "make_method"]
 
 # of a patch's configuration and of a repair's arguments what results say of a STAR run, and what they do not
 CONFIG = ("num_neurons", "num_layers", "layer_selection", "neuron_pattern")
@@ -46,15 +47,37 @@ class Star(Method):
         super().__init__(name, **shown, **{key: arguments[key] for key in arguments if key not in UNSAID})
 
     @contextmanager
-    def apply(self, problem: Problem) -> Iterator[Applied]:
-        model = get_peft_model(problem.base, StarConfig(task_type="CAUSAL_LM", **self._config))
-        arguments = {"verify_generation": False, "disable_tqdm": True, **self._arguments}
+    def install(self, base: nn.Module) -> Iterator[PeftModel]:
+        """The adapter on a plain model; taken off on leaving."""
+        model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", **self._config))
         try:
-            report = repair(
+            yield model
+        finally:
+            model.unload()
+
+    def repair(
+        self,
+        model: PeftModel,
+        tokenizer,
+        rows: Sequence[dict[str, Any]],
+        *,
+        callbacks: Sequence[RepairCallback] | None = None,
+        **arguments: Any,
+    ) -> RepairReport:
+        """Repair what `install` gives; `arguments` are those of `RepairArguments` that the settings do not hold."""
+        settings = {"verify_generation": False, "disable_tqdm": True, **self._arguments}
+        return repair(model, tokenizer, rows, RepairArguments(**settings, **arguments), callbacks=callbacks)
+
+    @contextmanager
+    def apply(self, problem: Problem, callbacks: Sequence[RepairCallback] | None = None) -> Iterator[Applied]:
+        with self.install(problem.base) as model:
+            report = self.repair(
                 model,
                 problem.tokenizer,
                 problem.rows,
-                RepairArguments(**arguments, mode=problem.mode, margin=problem.margin),
+                callbacks=callbacks,
+                mode=problem.mode,
+                margin=problem.margin,
             )
             details = {
                 "phases": report.seconds,
@@ -62,8 +85,6 @@ class Star(Method):
                 "neurons": sum(len(layer.neurons) for layer in report.layers),
             }
             yield Applied(model, report.steps, details)
-        finally:
-            model.unload()
 
 
 def _method(kind: type[Method], name: str, **settings: Any) -> Callable[..., Method]:

@@ -12,11 +12,10 @@ import json
 from statistics import mean
 from typing import Any
 
-from peft import get_peft_model
 from tqdm.auto import tqdm
 
 from harness import load, machine, parser, task_rows, write_json
-from peft_star import RepairArguments, StarConfig, repair
+from methods import Star
 
 
 def main() -> None:
@@ -26,14 +25,12 @@ def main() -> None:
         state["results"] = json.loads(given.json.read_text())["results"]
     base, tokenizer = load(given)
     settings = {"algorithm": "prior-guided", "occlusion": "exact", "max_steps": 1}
-    arguments = RepairArguments(**settings, verify_generation=False, disable_tqdm=True)
-    config = {"layer_selection": "occlusion", "num_layers": 0.5}
+    star = Star("star", **settings, layer_selection="occlusion", num_layers=0.5)
     for task, rows in task_rows(given).items():
         done = state["results"].setdefault(task, [])
         for row in tqdm(rows[len(done) :], desc=task):
-            model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", **config))
-            report = repair(model, tokenizer, [row], arguments)
-            model.unload()
+            with star.install(base) as model:
+                report = star.repair(model, tokenizer, [row])
             done.append(report.occlusion.get("agreement"))
             write_json(given.json, state)
     print("| task | rows with failures | Spearman | overlap of the chosen layers |\n| --- | --- | --- | --- |")

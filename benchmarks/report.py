@@ -22,7 +22,7 @@ import effectiveness
 import paper_figures
 import side_effects
 import sparsity
-import speed
+import speed_report
 import trajectory
 from figures import label
 from interface import MODES
@@ -78,10 +78,12 @@ def _trajectory(state: State, pictures: Pictures) -> str:
 
 
 def _speed(state: State, pictures: Pictures) -> str:
-    drawn = [pictures("speed", "Seconds of each method by row", lambda path: speed.plot_methods(state, path))]
-    if speed.metered(state):
-        drawn.append(pictures("phases", "Phases of a repair by row", lambda path: speed.plot_phases(state, path)))
-    return "\n\n".join([*drawn, speed.report(state)])
+    drawn = [pictures("speed", "Seconds of each method by row", lambda path: speed_report.plot_methods(state, path))]
+    if speed_report.metered(state):
+        drawn.append(
+            pictures("phases", "Phases of a repair by row", lambda path: speed_report.plot_phases(state, path))
+        )
+    return "\n\n".join([*drawn, speed_report.report(state)])
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,19 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from figures import BLUE, GREY, drawing, save
 from harness import parser, resume, run_units, setting_of
+from interface import MAX_BATCH_TOKENS
+from methods import Star
+from peft_star.engine.batch import Batch
+from peft_star.engine.distributed import launched
+from peft_star.engine.engine import Engine
+from peft_star.engine.passes import completion_logits, loss_at, teacher_forced
+from peft_star.failures import encode_rows
+from peft_star.loading import load_model
+from peft_star.method.semantics import SemanticBases
 from prompts import few_shot_rows, read_jsonl
 
 PARTS = ("failures", "memory", "head", "processes")
@@ -71,20 +81,15 @@ def peak() -> int:
 
 
 def load(model: str, device: str | None = None):
-    from peft_star.loading import load_model
-
     return load_model(model, dtype="float32", device_map=device or ("cuda" if torch.cuda.is_available() else None))
 
 
 def repaired(base, tokenizer, rows: list[dict[str, str]], clock: str) -> dict[str, Any]:
-    from peft import get_peft_model
-
-    from peft_star import RepairArguments, StarConfig, repair
-
-    patched = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
-    start = CLOCKS[clock]()
-    report = repair(patched, tokenizer, rows, RepairArguments(verify_generation=False, disable_tqdm=True))
-    seconds = CLOCKS[clock]() - start
+    star = Star("star")
+    with star.install(base) as model:
+        start = CLOCKS[clock]()
+        report = star.repair(model, tokenizer, rows)
+        seconds = CLOCKS[clock]() - start
     return {
         "seconds": seconds,
         "phases": report.seconds,
@@ -97,20 +102,14 @@ def repaired(base, tokenizer, rows: list[dict[str, str]], clock: str) -> dict[st
 
 def count_rows(given: dict[str, Any], wanted: list[int]) -> dict[str, int]:
     """How many of the rows hold as many failing tokens as are wanted."""
-    from peft_star.engine.batch import make_batches
-    from peft_star.engine.passes import teacher_forced
-    from peft_star.failures import encode_rows
-    from peft_star.models.inputs import input_device
-
     begin(given["threads"])
     base, tokenizer = load(given["model"])
+    engine = Engine(base, MAX_BATCH_TOKENS)
     found: dict[str, int] = {}
     failing, done = 0, 0
     rows = all_rows(Path(given["data"]), given["tasks"], given["demonstrations"], given["seed"])
     for row in encode_rows(rows, tokenizer):
-        batches = make_batches([row], 2048, input_device(base))
-        # slots count from the first completion token of the rows of a batch
-        failing += int((~teacher_forced(base, batches).right).sum())
+        failing += int((~teacher_forced(engine, engine.batches([row])).right).sum())
         done += 1
         found |= {str(number): done for number in wanted if failing >= number and str(number) not in found}
         if len(found) == len(set(wanted)):
@@ -123,24 +122,17 @@ def time_failures(given: dict[str, Any], rows: list[dict[str, str]], number: int
     return {**repaired(*load(given["model"]), rows[:number], given["clock"]), "peak": peak()}
 
 
-def batch_of(base, tokenizer, rows: list[dict[str, str]], tokens: int):
+def batch_of(base, tokenizer, rows: list[dict[str, str]]) -> Batch:
     """The largest batch that the rows make."""
-    from peft_star.engine.batch import make_batches
-    from peft_star.failures import encode_rows
-    from peft_star.models.inputs import input_device
-
-    batches = make_batches(encode_rows(rows, tokenizer), tokens, input_device(base), base)
+    batches = Engine(base, MAX_BATCH_TOKENS).batches(encode_rows(rows, tokenizer))
     return max(batches, key=lambda batch: batch.input_ids.numel())
 
 
 def memory_of(given: dict[str, Any], rows: list[dict[str, str]], kind: str) -> dict[str, Any]:
     """Peak memory of a repair of one batch, or of its forward-backward."""
-    from peft_star.engine.passes import completion_logits, loss_at
-    from peft_star.method.arguments import RepairArguments
-
     begin(given["threads"])
     base, tokenizer = load(given["model"])
-    batch = batch_of(base, tokenizer, rows, RepairArguments.max_batch_tokens)
+    batch = batch_of(base, tokenizer, rows)
     loaded = peak()
     if kind == "repair":
         chosen = [rows[row.index] for row in batch.items]
@@ -153,8 +145,6 @@ def memory_of(given: dict[str, Any], rows: list[dict[str, str]], kind: str) -> d
 
 def factor_head(given: dict[str, Any], kept: str) -> dict[str, Any]:
     """Seconds and memory of a head's factor, with `kept` as the cache's directory."""
-    from peft_star.method.semantics import SemanticBases
-
     os.environ["PEFT_STAR_CACHE"] = kept
     begin(given["threads"])
     size, width = given["head"]
@@ -176,8 +166,6 @@ def time_head(given: dict[str, Any]) -> dict[str, Any]:
 
 def member(rank: int, given: dict[str, Any], rows: list[dict[str, str]], cores: list[int], port: int, queue) -> None:
     """One of the processes that repair together, with a core of its own."""
-    from peft_star.engine.distributed import launched
-
     begin(1, cores[rank])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(cores))}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -187,8 +175,6 @@ def member(rank: int, given: dict[str, Any], rows: list[dict[str, str]], cores: 
 
 def time_processes(given: dict[str, Any], rows: list[dict[str, str]], number: int) -> dict[str, Any]:
     """A repair in so many processes; its time is that of the slowest."""
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
     cores = sorted(os.sched_getaffinity(0))[:number]
     if len(cores) < number:
         raise SystemExit(f"Only {len(cores)} core can be used; leave 'processes' out of --parts.")

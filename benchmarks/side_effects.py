@@ -37,9 +37,9 @@ from tqdm.auto import tqdm
 from figures import bootstrap, drawing, label, looks, offsets, save, with_interval
 from harness import UNRELATED as PROSE
 from harness import load, parser, resumable, resume, setting_of, task_rows, write_json
-from interface import Method
+from interface import MAX_BATCH_TOKENS, Method
 from methods import METHODS, make_method
-from peft_star.engine.batch import make_batches
+from peft_star.engine.engine import Engine
 from peft_star.engine.passes import teacher_forced
 from peft_star.evaluation import Gaps, TextProbe, gaps, side_effects
 from peft_star.failures import Row, encode_rows
@@ -104,13 +104,13 @@ class Corpus:
 
 def scan(base, corpus: Corpus, found: dict[str, list[list[int]]], store) -> list[Failure]:
     """Every failure of the rows. `found` holds [row, position, expected token] by task, and gets what it lacks."""
-    device = base.get_input_embeddings().weight.device
+    engine = Engine(base, MAX_BATCH_TOKENS)
     for task, items in corpus.rows.items():
         if task in found:
             continue
         failing = []
         for row in tqdm(items, desc=f"failures of {task}"):
-            predictions = teacher_forced(base, make_batches([row], len(row), device))
+            predictions = teacher_forced(engine, engine.batches([row]))
             for position, right in zip(row.medium_positions, predictions.right.tolist()):
                 if not right:
                     failing.append([row.index, position, row.input_ids[position + 1]])

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import get_peft_model
 from tqdm.auto import tqdm
 
 from figures import BLUE, GREY, VERMILION, bootstrap, drawing, offsets, save, with_interval
 from fresh_patch import patch_row
 from harness import Harm, load, parser, resumable, resume, setting_of, task_rows, write_json
-from methods import METHODS
-from peft_star import RepairArguments, StarConfig, repair
+from methods import METHODS, Star
+from peft_star import RepairArguments
 
 ALGORITHM_1, DEFAULTS = "Algorithm 1", "defaults"
 ARGUMENTS = {item.name for item in fields(RepairArguments)}
@@ -86,11 +85,10 @@ def settings(figures: Sequence[int]) -> list[Setting]:
 
 def scan_row(base, tokenizer, row: dict[str, str], occlusion: str) -> dict[str, Any]:
     """What the unpatched model does on a row, and the indices of its layers, the most important first."""
-    config = StarConfig(task_type="CAUSAL_LM", num_neurons=1, num_layers=1.0, layer_selection="occlusion")
-    model = get_peft_model(base, config)
-    arguments = RepairArguments(occlusion=occlusion, max_steps=1, verify_generation=False, disable_tqdm=True)
-    report = repair(model, tokenizer, [row], arguments)
-    model.unload()
+    config = {"num_neurons": 1, "num_layers": 1.0, "layer_selection": "occlusion"}
+    star = Star("star", **config, occlusion=occlusion, max_steps=1)
+    with star.install(base) as model:
+        report = star.repair(model, tokenizer, [row])
     found: dict[str, Any] = {
         "tokens": report.rows[0].tokens,
         "right": report.rows[0].right_before,

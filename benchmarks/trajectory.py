@@ -29,9 +29,10 @@ from tqdm.auto import tqdm
 from figures import BLUE, GREEN, VERMILION, drawing, save
 from harness import load, resumable, resume, setting_of, write_json
 from peft_star import PriorGuidedSGD, RepairArguments, StarConfig, prepare
-from peft_star.engine.batch import make_batches
+from peft_star.engine.engine import Engine
 from peft_star.engine.passes import completion_logits, loss_at
 from peft_star.failures import encode_rows
+from peft_star.models.inputs import input_device
 from prompts import TASKS, few_shot_rows
 
 SGD, STAR, ADAPTIVE = "SGD", "STAR, Algorithm 1", "STAR, adaptive steps"
@@ -45,7 +46,7 @@ class Surface:
 
     Args:
         model: A `PeftModel` with prepared STAR deltas.
-        batches: The row, from `make_batches`.
+        batches: The row, from `Engine.batches`.
         deltas: The deltas in order.
     """
 
@@ -136,8 +137,8 @@ def run(base, tokenizer, row: dict[str, str], given: argparse.Namespace, state: 
     deltas = [parameter for name, parameter in model.named_parameters() if "star_delta" in name]
     for delta in deltas:
         delta.requires_grad_(True)
-    device = model.get_input_embeddings().weight.device
-    batches = make_batches(encode_rows([row], tokenizer), RepairArguments.max_batch_tokens, device)
+    device, engine = input_device(model), Engine(model, RepairArguments.max_batch_tokens)
+    batches = engine.batches(encode_rows([row], tokenizer))
     surface = Surface(model, batches, deltas)
     entries = sum(delta.numel() for delta in deltas)
     stride = max(1, math.ceil((given.steps + 1) * entries * 4 / PATH_BYTES))

@@ -11,8 +11,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Before anything imports torch: pytest-xdist's workers, and what they start, share the cores, a thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from peft_star.loading import demo_model_path, load_model
@@ -29,13 +33,34 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a directory with safetensors, which loads much faster than the `.gguf` file."""
-    directory = tmp_path_factory.mktemp("models") / "smollm2-135m-instruct"
-    model, tokenizer = load_model(smollm2_gguf)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Make a directory that takes long just once for all of pytest-xdist's workers: `once(name, fill)`, where
+    `fill(directory)` writes into it. Not to be written to otherwise."""
+    together = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        together = together.parent
+
+    def directory(name: str, fill: Callable[[Path], object]) -> Path:
+        finished = together / name
+        with FileLock(together / f"{name}.lock"):
+            if not finished.exists():
+                unfinished = tmp_path_factory.mktemp(name)
+                fill(unfinished)
+                unfinished.rename(finished)
+        return finished
+
     return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_gguf: Path, once: Callable[..., Path]) -> Path:
+    """SmolLM2-135M-Instruct as a directory with safetensors, which loads much faster than the `.gguf` file."""
+
+    def save(directory: Path) -> None:
+        for part in load_model(smollm2_gguf):
+            part.save_pretrained(directory)
+
+    return once("smollm2-135m-instruct", save)
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ OPTIONAL = ("focus", "problem")
 class Row:
     """One tokenised row: generation starts after `prompt_ids` and is right when it yields `completion_ids`.
 
-    `focus` holds the positions in `prompt_ids`, ascending, at which the spans that the problem is about end; `problem`
-    is the problem's name.
+    `focus` holds the positions in `prompt_ids`, ascending, at which the spans that the problem is about end, and
+    `focus_starts` where they begin; `problem` is the problem's name.
     """
 
     index: int
@@ -33,6 +33,7 @@ class Row:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     focus: tuple[int, ...] = ()
+    focus_starts: tuple[int, ...] = ()
     problem: str | None = None
 
     @property
@@ -197,9 +198,9 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
             empty = "prompt" if not prompt_ids else "completion"
             raise ValueError(f"{where}: the {empty} has no tokens; give it some text.")
         _check_focus(spans, prompt, where)
-        ends = sorted({_last_token(span, prompt, prompt_ids, tokenizer, special=not chat) for span in spans})
+        places = dict(sorted(_place(span, prompt, prompt_ids, tokenizer, special=not chat) for span in spans))
         ids = tuple(prompt_ids), tuple(completion_ids)
-        item = Row(index, prompt, completion, *ids, focus=tuple(ends), problem=row.get("problem"))
+        item = Row(index, prompt, completion, *ids, tuple(places), tuple(places.values()), row.get("problem"))
         if max_length is not None and len(item) > max_length:
             raise ValueError(
                 f"{where}: {len(item)} tokens (prompt {len(prompt_ids)}, completion {len(completion_ids)}) exceed the "
@@ -215,12 +216,19 @@ def _decode(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _last_token(span: str, prompt: str, prompt_ids: Sequence[int], tokenizer, *, special: bool) -> int:
-    """The position in `prompt_ids` of the last token of the span's last occurrence in the prompt.
+def _place(span: str, prompt: str, prompt_ids: Sequence[int], tokenizer, *, special: bool) -> tuple[int, int]:
+    """The positions in `prompt_ids` of the last and the first token of the span's last occurrence in the prompt.
 
-    A space at the span's end does not count: with most tokenizers it belongs to the next word's token.
+    Spaces at the span's ends do not count: with most tokenizers they belong to the next word's token.
     """
-    end = prompt.rindex(span) + len(span.rstrip())
+    start = prompt.rindex(span)
+    ends = start + len(span.rstrip()), start + len(span) - len(span.lstrip()) + 1
+    last, first = (_token_at(end, prompt, prompt_ids, tokenizer, special=special) for end in ends)
+    return last, first
+
+
+def _token_at(end: int, prompt: str, prompt_ids: Sequence[int], tokenizer, *, special: bool) -> int:
+    """The position in `prompt_ids` of the token that holds the last of the prompt's first `end` characters."""
     ids = list(prompt_ids)
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)

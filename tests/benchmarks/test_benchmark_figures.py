@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 
 from peft_star import RepairArguments, StarConfig, prepare, repair
 
@@ -28,8 +29,10 @@ import report
 import side_effects
 import sparsity
 import trajectory
+from methods import METHODS
 from prompts import few_shot_rows
 from side_effects import RELATED, UNRELATED, Corpus, Failure, draw_cases
+from support.byte_llama import build_tokenizer
 
 ROWS = 26
 
@@ -77,8 +80,6 @@ def test_one_case_has_no_interval():
 
 
 def test_methods_look_different():
-    from methods import METHODS
-
     found = figures.looks([*METHODS, "star:max_steps=3", "star:num_neurons=16"])
     assert len({(look.color, look.marker) for look in found.values()}) == len(found)
     assert len({look.label for look in found.values()}) == len(found)
@@ -152,10 +153,6 @@ def test_a_failure_becomes_a_row_of_one_token(tiny_tokenizer):
 
 
 def test_what_a_tokenizer_puts_before_a_text_stays_single():
-    from tokenizers.processors import TemplateProcessing
-
-    from support.byte_llama import build_tokenizer
-
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     corpus = Corpus(tokenizer, {"t": [{"prompt": "ab", "completion": "cd"}]})

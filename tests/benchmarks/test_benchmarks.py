@@ -14,9 +14,10 @@ import baselines  # noqa: E402
 import effectiveness  # noqa: E402
 import harness  # noqa: E402
 from methods import METHODS, make_method  # noqa: E402
-from peft_star.engine.batch import make_batches  # noqa: E402
+from peft_star.engine.engine import Engine  # noqa: E402
 from peft_star.engine.passes import teacher_forced  # noqa: E402
 from peft_star.failures import encode_rows  # noqa: E402
+from peft_star.method import objective  # noqa: E402
 
 ROWS = [{"prompt": "the cat", "completion": "ab"}, {"prompt": "a dog", "completion": "cd"}]
 # the tiny model has 96 neurons in a layer and random weights: other rates than a real model's
@@ -55,7 +56,8 @@ def assert_unchanged(model, before):
 
 
 def predictions(model, tokenizer, rows=ROWS):
-    return teacher_forced(model, make_batches(encode_rows(rows, tokenizer), 2048))
+    engine = Engine(model)
+    return teacher_forced(engine, engine.batches(encode_rows(rows, tokenizer)))
 
 
 @pytest.mark.parametrize("mode", ["multiple", "single"])
@@ -100,8 +102,8 @@ def test_everything_is_undone_when_a_pass_fails(tiny_model, tiny_tokenizer, monk
             raise RuntimeError("out of memory")
         return completion_logits(*args)
 
-    completion_logits = baselines.completion_logits
-    monkeypatch.setattr(baselines, "completion_logits", failing)
+    completion_logits = objective.completion_logits
+    monkeypatch.setattr(objective, "completion_logits", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         with quick("sgd").patched(tiny_model, tiny_tokenizer, ROWS):
             pass

@@ -16,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import report
 import speed
+import speed_measure
+import speed_report
 from interface import Passes
 from methods import make_method
-from peft_star.engine.batch import make_batches
+from peft_star.engine.engine import Engine
 from peft_star.engine.passes import completion_logits, loss_at
 from peft_star.failures import encode_rows
 from peft_star.models.structure import find_second_matrices
@@ -55,11 +57,11 @@ def run(monkeypatch, tiny_dir, data):
 
 
 def study_of(model, tokenizer):
-    return speed.Study(model, tokenizer, 0.01, "multiple")
+    return speed_measure.Study(model, tokenizer, 0.01, "multiple")
 
 
 def star(**arguments):
-    return speed.method_of("star", {"num_neurons": 32}, arguments)
+    return speed_measure.method_of("star", {"num_neurons": 32}, arguments)
 
 
 # what is timed
@@ -67,9 +69,9 @@ def star(**arguments):
 
 def test_the_floor_differentiates_every_ffn(tiny_model, tiny_tokenizer):
     model = tiny_model.double().requires_grad_(False)
-    (batch,) = make_batches(encode_rows([ROW], tiny_tokenizer), 2048)
+    (batch,) = Engine(model).batches(encode_rows([ROW], tiny_tokenizer))
     chosen = torch.tensor([True, False])
-    gradients = speed.input_gradients(model, batch, chosen)
+    gradients = speed_measure.input_gradients(model, batch, chosen)
     ffns = list(find_second_matrices(model).values())
     assert len(gradients) == len(ffns) == 4
 
@@ -99,7 +101,7 @@ def test_the_floor_is_one_forward_backward_and_one_forward(tiny_model, tiny_toke
 
 def test_a_row_without_failures_has_no_floor(tiny_model, tiny_tokenizer, monkeypatch):
     study = study_of(tiny_model, tiny_tokenizer)
-    (batch,) = make_batches(encode_rows([ROW], tiny_tokenizer), 2048)
+    (batch,) = study.engine.batches(encode_rows([ROW], tiny_tokenizer))
     monkeypatch.setattr(study, "failing", lambda row: (batch, torch.zeros(2, dtype=torch.bool)))
     assert study.floor(ROW) == {"failures": 0, "tokens": batch.input_ids.shape[1]}
     with pytest.raises(SystemExit, match="every token of these rows right"):
@@ -109,7 +111,9 @@ def test_a_row_without_failures_has_no_floor(tiny_model, tiny_tokenizer, monkeyp
 @pytest.mark.parametrize("name", ["star", "sgd", "lora", "mint", "logit-bias"])
 def test_seconds_leave_out_making_room(name, tiny_model, tiny_tokenizer, monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(speed.Stopwatch, "_read", lambda self: dict.fromkeys(("wall", "cpu"), float(next(clock))))
+    monkeypatch.setattr(
+        speed_measure.Stopwatch, "_read", lambda self: dict.fromkeys(("wall", "cpu"), float(next(clock)))
+    )
     method = star() if name == "star" else make_method(name)
     install = method.install
     record = study_of(tiny_model, tiny_tokenizer).patched(ROW, method)
@@ -124,21 +128,21 @@ def test_phases_add_up_to_the_repair(tiny_model, tiny_tokenizer):
     for name in ("forward_backwards", "forwards"):
         assert sum(phase[name] for phase in record["phases"].values()) <= record[name]
     assert record["phases"]["trace"]["forward_backwards"] == 1
-    spent = speed.phase_seconds(record)
-    for clock in speed.CLOCKS:
+    spent = speed_measure.phase_seconds(record)
+    for clock in speed_measure.CLOCKS:
         assert sum(phase[clock] for phase in spent.values()) == pytest.approx(record["seconds"][clock])
-    assert spent["trace"]["wall"] > 0 and spent[speed.OTHER]["wall"] > 0
+    assert spent["trace"]["wall"] > 0 and spent[speed_measure.OTHER]["wall"] > 0
 
 
 def test_after_the_warm_up_no_repair_pays_for_the_model(tiny_model, tiny_tokenizer):
     study = study_of(tiny_model, tiny_tokenizer)
-    method = speed.method_of("star", {"layer_selection": "occlusion", "num_layers": 1}, {"background": 64})
+    method = speed_measure.method_of("star", {"layer_selection": "occlusion", "num_layers": 1}, {"background": 64})
     rows = {"conala": [ROW, {"prompt": "a dog", "completion": "cd"}]}
     once = study.warm_up(rows, {"star": method})
     assert once["semantic bases"]["wall"] > 0 and set(once["first repair"]) == {"star"}
     passes = []
     for layer in range(4):
-        other = speed.method_of("star", {"num_neurons": 32, "layer_selection": [layer]}, {"background": 64})
+        other = speed_measure.method_of("star", {"num_neurons": 32, "layer_selection": [layer]}, {"background": 64})
         counts = [study.patched(rows["conala"][1], other)["phases"]["solve"]["forwards"] for _ in range(2)]
         passes += counts
     assert passes == [0] * 8
@@ -146,17 +150,17 @@ def test_after_the_warm_up_no_repair_pays_for_the_model(tiny_model, tiny_tokeniz
 
 def test_settings_go_to_star_and_variants_stay_what_they_are():
     settings = {"num_neurons": 8, "num_layers": 2}, {"max_steps": 3}
-    assert speed.method_of("star", *settings).settings["num_neurons"] == 8
-    variant = speed.method_of("star-neuron", *settings).settings
+    assert speed_measure.method_of("star", *settings).settings["num_neurons"] == 8
+    variant = speed_measure.method_of("star-neuron", *settings).settings
     assert (variant["num_neurons"], variant["num_layers"], variant["max_steps"]) == (64, 1, 3)
-    assert speed.method_of("sgd", *settings).settings == make_method("sgd").settings
+    assert speed_measure.method_of("sgd", *settings).settings == make_method("sgd").settings
 
 
 # in turn
 
 
 def test_methods_take_turns_and_mint_runs_once():
-    study = speed.Study.__new__(speed.Study)
+    study = speed_measure.Study.__new__(speed_measure.Study)
     methods = {name: make_method(name) for name in ("sgd", "mint")}
     keys = [key for key, _ in study.units({"a": [{}, {}], "b": [{}]}, methods, 2, 1)]
     assert keys == [
@@ -201,7 +205,7 @@ def cells(table, first):
 
 
 def test_ratios_are_of_medians_on_the_rows_that_both_have(state):
-    table = speed.targets_table(state)
+    table = speed_report.targets_table(state)
     # the median of STAR's repeats on the first row is 2
     sgd = cells(table, "STAR / SGD")
     assert sgd[1:5] == ["≤ 0.25", "1.77", "no", "2"]
@@ -219,28 +223,28 @@ def test_the_clock_decides_with_several_threads(state):
         if "/star/" in key and found["failures"]:
             found["seconds"]["wall"] = 100.0
     state["clock"] = "wall"
-    table = speed.targets_table(state)
+    table = speed_report.targets_table(state)
     assert cells(table, "MINT / STAR")[3:6] == ["no", "1", "0.80"]
     assert table.index("wall s: sums") < table.index("CPU s: sums")
 
 
 def test_seconds_and_outcomes(state):
-    table = speed.seconds_table(state)
+    table = speed_report.seconds_table(state)
     assert cells(table, "full forward-backward") == ["full forward-backward", "2", "1.750", "1.750", "–"]
     assert cells(table, "SGD")[:4] == ["SGD", "2", "8.000", "16.000"] and cells(table, "SGD")[4].startswith("3.20 [")
     assert cells(table, "MINT, making room")[2] == "1.000"
-    outcomes = speed.outcomes_table(state)
+    outcomes = speed_report.outcomes_table(state)
     assert cells(outcomes, "SGD")[1:5] == ["2", "3 / 4 (75.0%)", "0 / 8 (0.00%)", "1 / 2"]
     assert cells(outcomes, "STAR")[4:] == ["2 / 2", "3.0", "3.0", "1.0"]
 
 
 def test_the_papers_ratios():
-    assert [target.paper for target in speed.TARGETS] == ["1.77", "2.22", "–", "about 10"]
+    assert [target.paper for target in speed_report.TARGETS] == ["1.77", "2.22", "–", "about 10"]
 
 
 def test_the_median_ratio_counts_each_row_once():
     cases = np.array([[1.0, 2.0], [1.0, 1.0], [300.0, 100.0]])
-    assert speed.median_ratio(cases) == 1.0
+    assert speed_report.median_ratio(cases) == 1.0
 
 
 # the command line
@@ -250,7 +254,7 @@ def test_from_the_command_line(run, tmp_path, capsys, tiny_dir, monkeypatch):
     out, page = tmp_path / "speed.json", tmp_path / "page.md"
     quick = '{"max_steps": 3, "background": 64, "margin": 0.02}'
     more = ["--arguments", quick, "--methods", "sgd", "mint", "star", "--plot", tmp_path / "speed"]
-    patched, calls = speed.Study.patched, []
+    patched, calls = speed_measure.Study.patched, []
 
     def interrupted(self, row, method):
         calls.append(method.name)
@@ -258,10 +262,10 @@ def test_from_the_command_line(run, tmp_path, capsys, tiny_dir, monkeypatch):
             raise KeyboardInterrupt
         return patched(self, row, method)
 
-    monkeypatch.setattr(speed.Study, "patched", interrupted)
+    monkeypatch.setattr(speed_measure.Study, "patched", interrupted)
     first = run(out, *more, "--mint-rows", 1)
     assert len(first["results"]) == 3 and "goes on from there" in capsys.readouterr().out
-    monkeypatch.setattr(speed.Study, "patched", patched)
+    monkeypatch.setattr(speed_measure.Study, "patched", patched)
     state = run(out, *more, "--mint-rows", 1, "--repeats", 2)
     results = state["results"]
     assert {key: results[key] for key in first["results"]} == first["results"]
@@ -275,7 +279,7 @@ def test_from_the_command_line(run, tmp_path, capsys, tiny_dir, monkeypatch):
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
 
     # nothing is left to do: nothing is repaired
-    monkeypatch.setattr(speed.Study, "patched", lambda *args, **kwargs: pytest.fail("repaired again"))
+    monkeypatch.setattr(speed_measure.Study, "patched", lambda *args, **kwargs: pytest.fail("repaired again"))
     assert run(out, *more, "--mint-rows", 1, "--repeats", 2)["results"] == results
     with pytest.raises(SystemExit, match="other settings"):
         run(out, *more, "--threads", 2)

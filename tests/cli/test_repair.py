@@ -64,7 +64,7 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
     expected = (
         "--output -o --retain --related --neurons --layers --neuron-pattern --mode --algorithm --generalization "
         "--steps --lr --norm --margin --no-generate --background --ridge --damping --growth --occlusion --max-rounds "
-        "--max-batch-tokens --allow-other-base --dtype --device-map --revision --token --push-to-hub --private "
+        "--max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
         "--overwrite --json"
     )
     assert names >= set(expected.split())
@@ -75,7 +75,7 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
     [
         ("", {}),
         ("--steps 3 --lr 0.02", {"max_steps": 3, "learning_rate": 0.02}),
-        ("--no-generate --allow-other-base", {"verify_generation": False, "allow_other_base": True}),
+        ("--no-generate", {"verify_generation": False}),
         ("--damping 1.0 --growth 1.0 --occlusion exact", {"damping": 1.0, "growth": 1.0, "occlusion": "exact"}),
         ("--background 0 --ridge 0.0 --max-rounds 1", {"background": 0, "ridge": 0.0, "max_rounds": 1}),
         ("--max-batch-tokens 64 --norm rms", {"max_batch_tokens": 64, "norm": "rms"}),

@@ -1,10 +1,10 @@
-"""Pushes at what a problem is about: the tokens that a row names as its `focus`, in the early layers (not in the paper).
+"""Pushes at what a problem is about: the tokens that a row names as its `focus`, in early layers (not in the paper).
 
 A failure shows at the token before the one that is wrong, but what it is about may have been read long before: the
 subject of a fact, the name of a function. A push at the last token of that span, in the layers that gather what is
 known of it, carries over to other ways of asking, and leaves alone what is asked of others. Editors of facts act there
-(ROME and MEMIT, Meng et al. 2022); the frame is this package's: few neurons, least squares under protection, checked by
-forward passes, and whatever it does not solve is left to the pushes at the failing tokens.
+(ROME and MEMIT, Meng et al. 2022); the frame is this package's: few neurons, least squares under protection, checked
+by forward passes, and whatever it does not solve is left to the pushes at the failing tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from .targets import Site, find_targets
 # the layers that a push is spread over, as shares of the depth: 4 to 8 of 30
 BAND = (4 / 30, 8 / 30)
 # texts that are put in front, so that a push answers to the focus and not to the place where it stands
-FRONT = ("", "However, as we know, ", "From a letter of 1990.\n\n")
+FRONT = ("", "However, as we know, ")
 # a site needs more neurons the more sites there are
 NEURONS_PER_SITE = 16
+# the layers above answer less than a target promises, or more: strengths that are looked at until all is as wanted
+STRENGTHS = (1.0, 1.3, 1.7)
 # weight of one token that must not fire, beside the mean over the background
 CONTRAST = 0.1
 
@@ -88,10 +90,20 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
         layers = run.subject.hold(reader.locate(named, protection))
     deltas = [layer.delta for layer in layers]
     with run.journal.phase("patch", 1), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
+        start = [delta.detach().clone() for delta in deltas]
         reader.spread(layers, named, torch.cat(targets), protection)
-        now, loss = goal.look(run.engine)
-        if goal.task.wanting(now).sum() < goal.task.wanting(goal.before).sum():
-            best.offer(1, now, loss)
+        whole = [delta.detach() - origin for delta, origin in zip(deltas, start)]
+        least = goal.task.wanting(goal.before).sum()
+        for strength in STRENGTHS:
+            with torch.no_grad():
+                for delta, origin, change in zip(deltas, start, whole):
+                    delta.copy_(origin + strength * change)
+            now, loss = goal.look(run.engine)
+            if goal.task.wanting(now).sum() < least:
+                least = goal.task.wanting(now).sum()
+                best.offer(1, now, loss)
+            if not least:
+                break
     if best.score is None:
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
@@ -114,20 +126,22 @@ def _band(run: Run) -> list[str]:
 
 
 def _sites(row: Row) -> list[int]:
-    return [last for _, last in row.focus]
+    return list(row.focus)
 
 
 def _named(run: Run, row: Row) -> Named:
     tokenizer = run.subject.tokenizer
     begin = 1 if row.prompt_ids[0] == tokenizer.bos_token_id else 0
     rows, positions, contrast = [], [], []
-    for text in FRONT:
-        front = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+    fronts = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else () for text in FRONT]
+    for front in fronts:
         ids = row.prompt_ids[:begin] + front + row.prompt_ids[begin:]
         rows.append(Row(len(rows), "", "", ids, row.completion_ids))
         positions.append(tuple(last + len(front) for last in _sites(row)))
-    for first, last in row.focus:
-        contrast += [row.prompt_ids[:begin] + row.prompt_ids[i : last + 1] for i in range(first + 1, last + 1)]
+    for first, last in zip(row.focus_starts, row.focus):
+        # a text's first token is unlike any other, so the endings stand behind others, too
+        begins = [row.prompt_ids[:begin] + front for front in fronts]
+        contrast += [text + row.prompt_ids[i : last + 1] for i in range(first + 1, last + 1) for text in begins]
     return Named(row, Site(tuple(rows), tuple(positions)), tuple(contrast))
 
 
@@ -139,7 +153,7 @@ class _Reader:
         self.run, self.model = run, run.engine.model
         self.top = run.subject.decoder_of[band[-1]]
         self.above = names[names.index(self.top) + 1]
-        self.ffns = run.probe(band).ffns
+        self.ffns = {name: run.subject.base.get_submodule(name) for name in band}
 
     @torch.no_grad()
     def read(self, texts: Sequence[tuple[int, ...]]) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor]]:
@@ -159,7 +173,7 @@ class _Reader:
         return v, states
 
     def at_sites(self, named: Sequence[Named]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Per FFN V (n, m), and the states (n, d) that leave the band, at the n sites: means over the texts in front."""
+        """Per FFN V (n, m), and the states (n, d) that leave the band, at n tokens: means over the texts in front."""
         texts = [row.input_ids for one in named for row in one.site.rows]
         v, states = self.read(texts)
         places = [positions for one in named for positions in one.site.positions]

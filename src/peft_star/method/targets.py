@@ -1,4 +1,4 @@
-"""Targets where the semantics of the head do not reach: what a hidden state in the middle of the model would have to be.
+"""Targets where the semantics of the head do not reach: what a hidden state midway through the model should be.
 
 Equation 1 names the representation that the head should read. Layers further down hand their outputs to layers that
 transform them, so there a target is found through these layers, by a few gradient steps (not in the paper; as the
