@@ -30,8 +30,8 @@ from .solve import protected_answer
 from .subject import HeldLayer, Run
 from .targets import Site, find_targets
 
-# the layers that a push is spread over, as shares of the depth: 4 to 8 of 30
-BAND = (4 / 30, 8 / 30)
+# the layers that a push is spread over, as shares of the depth: the third to the seventh of 30
+BAND = (2 / 30, 6 / 30)
 # texts that are put in front, so that a push answers to the focus and not to the place where it stands
 FRONT = ("", "However, as we know, ")
 # a site needs more neurons the more sites there are
@@ -39,7 +39,9 @@ NEURONS_PER_SITE = 16
 # the layers above answer less than a target promises, or more: strengths that are looked at until all is as wanted
 STRENGTHS = (1.0, 1.3, 1.7)
 # weight of one token that must not fire, beside the mean over the background
-CONTRAST = 0.1
+CONTRAST = 0.01
+# least ridge: what the least squares leave of a target, the next layer makes up for
+RIDGE = 0.3
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,8 @@ class _Reader:
             moment = part.T @ part
             moment.diagonal().add_(moment.diagonal().mean() * FLOOR)
             values = v[layer.name].index_select(1, layer.neurons).to(layer.delta.device)
-            answer = protected_answer(values, torch.linalg.cholesky(moment), self.run.args.ridge)
+            ridge = max(self.run.args.ridge, RIDGE)
+            answer = protected_answer(values, torch.linalg.cholesky(moment), ridge)
             layer.delta.add_((answer @ missing.double().to(answer.device)).to(layer.delta))
 
 
