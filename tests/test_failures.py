@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_star.failures import encode_rows, read_rows, validate_row
+from support.byte_llama import build_tokenizer
+from support.words import word_tokenizer
 
 TEXT = [
     "import numpy as np\nx = np.float64(3)\nprint(x)\n",
@@ -165,6 +168,17 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
             "'completion' is empty",
         ),
         (["a", "b"], "found list; a row is an object"),
+        ({"prompt": "a", "completion": "b", "focus": "c"}, "'focus' 'c' does not occur in the prompt"),
+        ({"prompt": "a", "completion": "b", "focus": ["a", "b"]}, "'focus' 'b' does not occur in the prompt"),
+        ({"prompt": "a", "completion": "b", "focus": ""}, "'focus' is empty; give a piece"),
+        ({"prompt": "a ", "completion": "b", "focus": " "}, "'focus' is empty; give a piece"),
+        ({"prompt": "a", "completion": "b", "focus": []}, "'focus' is empty; give a piece"),
+        ({"prompt": "a", "completion": "b", "focus": ["a", ""]}, "'focus' is empty; give a piece"),
+        ({"prompt": "a", "completion": "b", "focus": 3}, "'focus' is 3; it must be a piece of the prompt's text"),
+        ({"prompt": "a", "completion": "b", "focus": ["a", None]}, "'focus' is .*; it must be a piece"),
+        ({"prompt": "a", "completion": "b", "focus": {"a": 1}}, "'focus' is .*; it must be a piece"),
+        ({"prompt": "a", "completion": "b", "problem": 3}, "'problem' is int; it must be text"),
+        ({"prompt": "a", "completion": "b", "problem": " "}, "'problem' is empty; give a name"),
     ],
 )
 def test_bad_rows_are_named_in_one_sentence(row, message):
@@ -209,3 +223,133 @@ def test_bad_files_are_named_with_their_line(tmp_path, content, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl is not a file"):
         read_rows(tmp_path / "nowhere.jsonl")
+
+
+# what a row's problem is about
+
+
+class Slow:
+    """A tokenizer that says nothing of offsets, as those that are no fast ones."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, **arguments):
+        assert "return_offsets_mapping" not in arguments
+        return self.tokenizer(text, **arguments)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def framed(template):
+    """A byte-level tokenizer that begins every text with a token of its own, and may end it with one."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_level()
+    special = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
+
+
+FOCUSED = {
+    **TOKENIZERS,
+    "start": lambda: framed("<s> $A"),
+    "start and end": lambda: framed("<s> $A </s>"),
+    "byte": build_tokenizer,
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, Slow], ids=["fast", "slow"])
+@pytest.mark.parametrize("make", FOCUSED.values(), ids=FOCUSED)
+@pytest.mark.parametrize(
+    ("prompt", "span"),
+    [
+        ("the quick brown fox", "quick"),
+        ("the quick brown fox", "quick "),
+        ("the quick brown fox", " brown"),
+        ("the quick brown fox", "fox"),
+        ("the quick brown fox", "the"),
+        ("the fox, the fox and the dog", "the fox"),
+        ("the quick brown fox", "the quick brown fox"),
+        ("x = np.float64(3)", "np.flo"),
+        ("der Fuß ist groß, die Straße", "groß"),
+        ("漢字 and 漢", "字"),
+    ],
+)
+def test_a_focus_is_the_last_token_of_its_last_occurrence(wrap, make, prompt, span):
+    tokenizer = wrap(make())
+    row = {"prompt": prompt, "completion": " jumps", "focus": span}
+    (row,) = encode_rows([row], tokenizer)
+    (position,) = row.focus
+    end = prompt.rindex(span) + len(span.rstrip())
+    # with this token and not without it, all up to the span's end is said
+    assert prompt[:end] in decode(tokenizer, row.prompt_ids[: position + 1])
+    assert prompt[:end] not in decode(tokenizer, row.prompt_ids[:position])
+
+
+def test_several_spans_are_ascending_and_each_token_once():
+    prompt = "w5 w6 w7 w5 w8"
+    row = {"prompt": prompt, "completion": " w9", "focus": ["w8", "w5", "w7 w5", "w6"], "problem": "five"}
+    (row,) = encode_rows([row], word_tokenizer())
+    assert (row.focus, row.problem) == ((1, 3, 4), "five")
+    assert encode_rows([{"prompt": prompt, "completion": " w9"}], word_tokenizer())[0].focus == ()
+
+
+@pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, Slow], ids=["fast", "slow"])
+def test_a_focus_of_a_tokenizer_that_changes_the_text(wrap):
+    tokenizer = wrap(lower_case())
+    row = {"prompt": "The Quick brown FOX", "completion": " jumps", "focus": ["Quick", "FOX"]}
+    (row,) = encode_rows([row], tokenizer)
+    words = [tokenizer.decode(row.prompt_ids[: position + 1]) for position in row.focus]
+    assert words == ["the quick", "the quick brown fox"]
+
+
+@pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, Slow], ids=["fast", "slow"])
+def test_a_focus_in_chat_messages_is_looked_for_where_they_are_rendered(wrap):
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer = wrap(tokenizer)
+    (row,) = encode_rows([{**chat_row(), "focus": ["which float", "<|user|>"]}], tokenizer)
+    said = [decode(tokenizer, row.prompt_ids[: position + 1]) for position in row.focus]
+    assert len(said) == 2 and said[0].startswith("<|user|>") and said[1].startswith("<|user|>which float")
+    with pytest.raises(ValueError, match=r"^row 0: 'focus' 'np' does not occur in the prompt\.$"):
+        encode_rows([{**chat_row(), "focus": "np"}], tokenizer)
+
+
+def test_a_focus_of_a_real_model(smollm2_dir):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    spans = ["Berlin", "Paris is", "1234"]
+    row = {"prompt": "Paris is in France and Berlin 1234 is in", "completion": " Germany", "focus": spans}
+    chat = {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": "Germany"}],
+        "focus": spans,
+    }
+    for item in encode_rows([row, chat], tokenizer):
+        said = [decode(tokenizer, item.prompt_ids[: position + 1]) for position in item.focus]
+        assert [text.endswith(end) for text, end in zip(said, ("Paris is", "Berlin", "1234"))] == [True] * 3
+
+
+def test_missing_values_of_a_data_set_are_not_given():
+    rows = [
+        {"prompt": "w3 w4", "completion": " w5", "focus": ["w4"], "problem": None},
+        {"prompt": "w3", "completion": " w5", "focus": None, "problem": "a"},
+        {"prompt": "w3 w4", "completion": " w5"},
+    ]
+    some = encode_rows(Dataset.from_list(rows), word_tokenizer())
+    assert [(row.focus, row.problem) for row in some] == [((1,), None), ((), "a"), ((), None)]
+    none = encode_rows(Dataset.from_list([{**rows[1], "problem": None}]), word_tokenizer())
+    assert [(row.focus, row.problem) for row in none] == [((), None)]
+
+
+def test_reading_the_optional_columns(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a b", "completion": "c", "focus": "a", "problem": "x"}]
+    path.write_text(json.dumps(rows[0]))
+    assert read_rows(path) == rows
+    path.write_text(json.dumps({**rows[0], "focus": "z"}))
+    with pytest.raises(ValueError, match="line 1: 'focus' 'z' does not occur in the prompt"):
+        read_rows(path)

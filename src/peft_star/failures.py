@@ -1,6 +1,7 @@
 """Failures: prompt-completion rows, the tokens generation would have to produce, and the medium tokens.
 
-Row format is TRL's prompt-completion: both strings, or both lists of chat messages. Position `p` of a row is a *medium
+Row format is TRL's prompt-completion: both strings, or both lists of chat messages. Beside these a row may say what of
+its prompt the problem is about (`focus`), and which problem that is (`problem`). Position `p` of a row is a *medium
 token* when the model's argmax for `p + 1` differs from the expected token (paper section 2.1 and 3.2); that is one
 failure.
 """
@@ -8,23 +9,32 @@ failure.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 COLUMNS = ("prompt", "completion")
+OPTIONAL = ("focus", "problem")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised row: generation starts after `prompt_ids` and is right when it yields `completion_ids`."""
+    """One tokenised row: generation starts after `prompt_ids` and is right when it yields `completion_ids`.
+
+    `focus` holds the positions in `prompt_ids`, ascending, at which the spans that the problem is about end, and
+    `focus_starts` where they begin; `problem` is the problem's name.
+    """
 
     index: int
     prompt: str
     completion: str
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
+    focus: tuple[int, ...] = ()
+    focus_starts: tuple[int, ...] = ()
+    problem: str | None = None
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -84,8 +94,39 @@ def _check_messages(messages: Sequence[Any], where: str, column: str) -> None:
             raise ValueError(f"{where}: a message's 'content' in '{column}' must be text.")
 
 
+def _spans(row: dict[str, Any]) -> list[str]:
+    """The spans of a valid row's `focus`; a missing value of a data set is None."""
+    focus = row.get("focus")
+    return [] if focus is None else [focus] if isinstance(focus, str) else list(focus)
+
+
+def _check_optional(row: dict[str, Any], where: str) -> None:
+    focus, problem = row.get("focus"), row.get("problem")
+    if focus is not None:
+        spans = [focus] if isinstance(focus, str) else focus
+        if not isinstance(spans, (list, tuple)) or not all(isinstance(span, str) for span in spans):
+            raise ValueError(
+                f"{where}: 'focus' is {focus!r}; it must be a piece of the prompt's text, or a list of them."
+            )
+        if not spans or not all(span.strip() for span in spans):
+            raise ValueError(f"{where}: 'focus' is empty; give a piece of the prompt's text, or leave the column out.")
+    if problem is not None:
+        if not isinstance(problem, str):
+            raise ValueError(f"{where}: 'problem' is {type(problem).__name__}; it must be text.")
+        if not problem.strip():
+            raise ValueError(f"{where}: 'problem' is empty; give a name, or leave the column out.")
+
+
+def _check_focus(spans: Sequence[str], prompt: str, where: str) -> None:
+    for span in spans:
+        if span not in prompt:
+            raise ValueError(f"{where}: 'focus' {span!r} does not occur in the prompt.")
+
+
 def validate_row(row: Any, where: str) -> None:
     """Check one row's columns and types.
+
+    Whether a span of `focus` occurs in chat messages is seen only where they are rendered, by [`encode_rows`].
 
     Raises:
         ValueError: One sentence that starts with `where`.
@@ -93,13 +134,14 @@ def validate_row(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found {type(row).__name__}; a row is an object with 'prompt' and 'completion'.")
     missing = [column for column in COLUMNS if column not in row]
-    unknown = sorted(set(map(str, row)) - set(COLUMNS))
+    unknown = sorted(set(map(str, row)) - {*COLUMNS, *OPTIONAL})
     if missing:
         had = f" (it has {', '.join(map(repr, sorted(map(str, row))))})" if row else ""
         raise ValueError(f"{where}: column {' and '.join(map(repr, missing))} is missing{had}.")
     if unknown:
         raise ValueError(f"{where}: unknown column {', '.join(map(repr, unknown))}; remove it or rename it.")
     prompt, completion = row["prompt"], row["completion"]
+    _check_optional(row, where)
     if _is_chat(prompt) != _is_chat(completion):
         raise ValueError(f"{where}: 'prompt' and 'completion' must both be text or both be lists of chat messages.")
     if _is_chat(prompt):
@@ -115,6 +157,7 @@ def validate_row(row: Any, where: str) -> None:
         raise ValueError(f"{where}: 'completion' is empty; there is nothing to repair towards.")
     if not prompt:
         raise ValueError(f"{where}: 'prompt' is empty; generation needs at least one token to start from.")
+    _check_focus(_spans(row), prompt, where)
 
 
 def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | None = None, *, name: str = "row"):
@@ -125,7 +168,8 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
     token).
 
     Args:
-        rows: prompt-completion rows (dicts or a `datasets.Dataset`).
+        rows: prompt-completion rows (dicts or a `datasets.Dataset`), with `focus` (a span of the prompt, or a list of
+            spans) and `problem` (a name) if they like.
         tokenizer: A transformers tokenizer.
         max_length: The model's context in tokens; None: unlimited.
         name: What a row is called in messages.
@@ -140,7 +184,8 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
     for index, row in enumerate(rows):
         where = f"{name} {index}"
         validate_row(row, where)
-        if _is_chat(row["prompt"]):
+        chat, spans = _is_chat(row["prompt"]), _spans(row)
+        if chat:
             prompt, completion, prompt_ids, completion_ids = _encode_chat(row, tokenizer, where)
         else:
             prompt, completion = row["prompt"], row["completion"]
@@ -152,7 +197,10 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
         if not prompt_ids or not completion_ids:
             empty = "prompt" if not prompt_ids else "completion"
             raise ValueError(f"{where}: the {empty} has no tokens; give it some text.")
-        item = Row(index, prompt, completion, tuple(prompt_ids), tuple(completion_ids))
+        _check_focus(spans, prompt, where)
+        places = dict(sorted(_place(span, prompt, prompt_ids, tokenizer, special=not chat) for span in spans))
+        ids = tuple(prompt_ids), tuple(completion_ids)
+        item = Row(index, prompt, completion, *ids, tuple(places), tuple(places.values()), row.get("problem"))
         if max_length is not None and len(item) > max_length:
             raise ValueError(
                 f"{where}: {len(item)} tokens (prompt {len(prompt_ids)}, completion {len(completion_ids)}) exceed the "
@@ -166,6 +214,42 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
 
 def _decode(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _place(span: str, prompt: str, prompt_ids: Sequence[int], tokenizer, *, special: bool) -> tuple[int, int]:
+    """The positions in `prompt_ids` of the last and the first token of the span's last occurrence in the prompt.
+
+    Spaces at the span's ends do not count: with most tokenizers they belong to the next word's token.
+    """
+    start = prompt.rindex(span)
+    ends = start + len(span.rstrip()), start + len(span) - len(span.lstrip()) + 1
+    last, first = (_token_at(end, prompt, prompt_ids, tokenizer, special=special) for end in ends)
+    return last, first
+
+
+def _token_at(end: int, prompt: str, prompt_ids: Sequence[int], tokenizer, *, special: bool) -> int:
+    """The position in `prompt_ids` of the token that holds the last of the prompt's first `end` characters."""
+    ids = list(prompt_ids)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
+        inside = [
+            position
+            for position, (start, stop) in enumerate(encoded["offset_mapping"][: len(ids)])
+            if start < min(stop, end)  # special tokens take no text
+        ]
+        if inside and encoded["input_ids"][: len(ids)] == ids:
+            return inside[-1]
+    text = _decode(tokenizer, ids)
+    if (found := text.rfind(prompt)) >= 0:  # it may lie behind a start token
+        wanted = text[: found + end]
+        # the token with which the tokens so far spell everything up to the span's end
+        return bisect_left(
+            range(len(ids) - 1), True, key=lambda position: _decode(tokenizer, ids[: position + 1]).startswith(wanted)
+        )
+    # a tokenizer that changes the text: as many tokens as the text up to there has alone
+    alone = tokenizer(prompt[:end], add_special_tokens=special)["input_ids"]
+    closed = bool(alone) and alone[-1] == tokenizer.eos_token_id
+    return min(max(len(alone) - closed, 1), len(ids)) - 1
 
 
 def _completion_ids(prompt: str, completion: str, prompt_ids: list[int], tokenizer) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from .files import write_json
 
 CONTEXT_CHARACTERS = 40
+SHOWN_TOKENS = 5  # of where a patch acts
+PROBLEM_COLUMNS = ("solved", "rows right", "related fixed", "related broken", "retained kept", "acts at")
 
 
 @dataclass
@@ -45,8 +47,9 @@ class FailureRecord:
 class RowRecord:
     """One row, before and after.
 
-    `source` is "failures" or "retain". `exact_*`: every completion token right teacher-forced. `generated_*`: the text
-    of greedy generation, and `generation_exact_*` whether it equals the completion (None when not generated).
+    `source` is "failures", "retain" or "related"; `problem` is the problem that the row names. `exact_*`: every
+    completion token right teacher-forced. `generated_*`: the text of greedy generation, and `generation_exact_*`
+    whether it equals the completion (None when not generated).
     """
 
     source: str
@@ -62,6 +65,17 @@ class RowRecord:
     generated_after: str | None = None
     generation_exact_before: bool | None = None
     generation_exact_after: bool | None = None
+    problem: str | None = None
+
+    @property
+    def was_right(self) -> bool:
+        """Right before, by every check that was made."""
+        return self.exact_before and self.generation_exact_before is not False
+
+    @property
+    def is_right(self) -> bool:
+        """Right after, by every check that was made."""
+        return self.exact_after and self.generation_exact_after is not False
 
     @property
     def broken(self) -> bool:
@@ -94,6 +108,85 @@ class PatchedLayer:
     delta_norm: float
 
 
+@dataclass
+class ProblemRecord:
+    """One problem: the rows that name it, and how far its repair reaches.
+
+    Attributes:
+        name: Its name; the rows that name none share "".
+        rows, rows_exact_after: Its failures' rows, and those with every token right teacher-forced after the patch.
+        failures, solved: Its failing tokens, and those that are right now.
+        related, related_fixed: Its related rows that were wrong before, and those of them that are right now.
+        related_right, related_broken: Its related rows that were right before, and those of them that are wrong now.
+        retained, retained_kept: Its retained rows, and those that did not break.
+        acts: Where the patch acts: `how` ("focus" or "failing position") with the texts of its `tokens`, and the
+            `layers`.
+        warnings: A sentence each.
+    """
+
+    name: str
+    rows: int = 0
+    failures: int = 0
+    solved: int = 0
+    rows_exact_after: int = 0
+    related: int = 0
+    related_fixed: int = 0
+    related_right: int = 0
+    related_broken: int = 0
+    retained: int = 0
+    retained_kept: int = 0
+    acts: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return self.name or "(no name)"
+
+    def count(self, row: RowRecord) -> None:
+        """Count a row that belongs to the problem."""
+        if row.source == "failures":
+            self.rows += 1
+            self.rows_exact_after += row.exact_after
+        elif row.source == "retain":
+            self.retained += 1
+            self.retained_kept += not row.broken
+        elif row.was_right:
+            self.related_right += 1
+            self.related_broken += not row.is_right
+        else:
+            self.related += 1
+            self.related_fixed += row.is_right
+
+    def add_act(self, how: str, tokens: Sequence[str], layers: Sequence[str]) -> None:
+        """Say that the patch acts at these tokens; those of one kind are told together."""
+        act = next((act for act in self.acts if act["how"] == how), None)
+        if act is None:
+            self.acts.append(act := {"how": how, "tokens": [], "layers": []})
+        for known, more in (("tokens", tokens), ("layers", layers)):
+            act[known] += [item for item in dict.fromkeys(more) if item not in act[known]]
+
+    def cells(self) -> list[str]:
+        """The figures as a table shows them, in the order of `PROBLEM_COLUMNS`."""
+        return [
+            f"{self.solved} of {self.failures}",
+            f"{self.rows_exact_after} of {self.rows}",
+            f"{self.related_fixed} of {self.related}",
+            f"{self.related_broken} of {self.related_right}",
+            f"{self.retained_kept} of {self.retained}",
+        ]
+
+    def places(self, show: Callable[[str], str]) -> str:
+        """Where the patch acts, in words; `show` makes a token's or a layer's text fit for its surroundings."""
+        parts = []
+        for act in self.acts:
+            tokens = [show(text) for text in act["tokens"][:SHOWN_TOKENS]]
+            tokens += ["…"] if len(act["tokens"]) > SHOWN_TOKENS else []
+            layers = act["layers"]
+            within = show(layers[0]) if len(layers) == 1 else f"{len(layers)} layers"
+            parts.append(f"{act['how']}: {', '.join(tokens)} in {within}")
+        return "; ".join(parts)
+
+
 def _mean(values: Sequence[float | bool]) -> float:
     return sum(values) / len(values) if values else 1.0
 
@@ -104,8 +197,8 @@ class RepairReport:
 
     Attributes:
         failures: One [`FailureRecord`] per failing token found.
-        rows: One [`RowRecord`] per row, the failures' rows first, then the retained ones.
-        broken: Tokens that were right before and are wrong now.
+        rows: One [`RowRecord`] per row, the failures' rows first, then the retained and the related ones.
+        broken: Tokens that were right before and are wrong now, those of related rows included.
         layers: The patched layers with their neurons.
         steps: Steps of Algorithm 1 taken in all.
         seconds: Seconds by phase.
@@ -113,6 +206,7 @@ class RepairReport:
             `"agreement"` of the two.
         arguments, config: The settings of the run.
         interrupted: The run was stopped before it was done.
+        problems: One [`ProblemRecord`] per problem that a row names, and one for the rows that name none.
     """
 
     failures: list[FailureRecord]
@@ -126,6 +220,7 @@ class RepairReport:
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    problems: list[ProblemRecord] = field(default_factory=list)
 
     @property
     def num_solved(self) -> int:
@@ -142,20 +237,24 @@ class RepairReport:
 
     @property
     def success(self) -> bool:
-        """Every failure solved, every failing row right by every check made, and nothing retained broken."""
-        repaired = all(
-            row.exact_after and row.generation_exact_after is not False
-            for row in self.rows
-            if row.source == "failures"
-        )
+        """Every failure solved, every failing row right by every check made, and nothing retained broken. Related rows
+        are only looked at."""
+        repaired = all(row.is_right for row in self.rows if row.source == "failures")
         retained = not any(token.source == "retain" for token in self.broken)
         retained = retained and not any(row.broken for row in self.rows if row.source == "retain")
         return repaired and retained and not self.interrupted
+
+    @property
+    def tells_problems(self) -> bool:
+        """Whether the figures by problem say more than the `summary`."""
+        related = any(row.source == "related" for row in self.rows)
+        return bool(self.problems) and (related or any(problem.name for problem in self.problems))
 
     def summary(self) -> dict[str, Any]:
         """The figures that a reader looks for first."""
         rows = [row for row in self.rows if row.source == "failures"]
         retained = [row for row in self.rows if row.source == "retain"]
+        related = [row for row in self.rows if row.source == "related"]
         generated = [row for row in rows if row.generation_exact_after is not None]
         tokens = sum(row.tokens for row in rows)
         result = {
@@ -179,6 +278,10 @@ class RepairReport:
         if generated:
             result["rows_generated_exact_before"] = sum(bool(row.generation_exact_before) for row in generated)
             result["rows_generated_exact_after"] = sum(bool(row.generation_exact_after) for row in generated)
+        if related:
+            result["related_rows"] = len(related)
+            result["related_fixed"] = sum(row.is_right and not row.was_right for row in related)
+            result["related_broken"] = sum(row.was_right and not row.is_right for row in related)
         return result
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,12 +302,14 @@ class RepairReport:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             known = {item.name for item in fields(cls)}
-            data = {key: value for key, value in data.items() if key in known}
+            # reports of earlier versions know no problems
+            data = {"problems": [], **{key: value for key, value in data.items() if key in known}}
             for key, kind in (
                 ("failures", FailureRecord),
                 ("rows", RowRecord),
                 ("broken", BrokenToken),
                 ("layers", PatchedLayer),
+                ("problems", ProblemRecord),
             ):
                 data[key] = [kind(**item) for item in data[key]]
             return cls(**data)
@@ -234,6 +339,19 @@ class RepairReport:
             if len(self.failures) > max_rows:
                 lines.append(f"| … | {len(self.failures) - max_rows} more | | | | |")
             lines.append("")
+        if self.tells_problems:
+            heads = ("problem", *PROBLEM_COLUMNS)
+            lines += [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+            for problem in self.problems[:max_rows]:
+                name = code(problem.name) if problem.name else problem.title
+                lines.append(f"| {' | '.join((name, *problem.cells(), problem.places(code)))} |")
+            lines.append("")
+        told = [
+            (code(problem.name) + ": " if problem.name else "") + _escaped(text)
+            for problem in self.problems
+            for text in problem.warnings
+        ]
+        lines += [*(f"- Warning: {text}" for text in told), ""] if told else []
         if self.broken:
             lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
             lines += [
@@ -295,6 +413,11 @@ def code(text: str) -> str:
     """Text as code in a cell of a Markdown table."""
     text = text.replace("\\", "\\\\").replace("\n", "\\n").replace("|", "\\|").replace("`", "ˋ")
     return f"`{text}`" if text else "(none)"
+
+
+def _escaped(text: str) -> str:
+    """A sentence on one line, whose characters mean nothing to Markdown."""
+    return "".join(f"\\{char}" if char in "\\`*_[]<>|#~$" else char for char in " ".join(text.split()))
 
 
 def _label(text: str, width: int = 34) -> str:

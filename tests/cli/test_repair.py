@@ -62,8 +62,8 @@ def test_every_setting_is_an_option_or_left_out_on_purpose(command: Any) -> None
 def test_options_have_the_names_that_people_know(command: Any) -> None:
     names = {name for option in command.params for name in option.opts if name.startswith("-")}
     expected = (
-        "--output -o --retain --neurons --layers --neuron-pattern --mode --algorithm --generalization --steps --lr "
-        "--norm --margin --no-generate --background --ridge --damping --growth --occlusion --max-rounds "
+        "--output -o --retain --related --neurons --layers --neuron-pattern --mode --algorithm --generalization "
+        "--steps --lr --norm --margin --no-generate --background --ridge --damping --growth --occlusion --max-rounds "
         "--max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
         "--overwrite --json"
     )
@@ -126,6 +126,36 @@ def test_repair_writes_a_patch_that_peft_loads(
     inputs = build_tokenizer()("a b", return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert build_tokenizer().decode(generated[0]) == "a bcd"
+
+
+def test_related_rows_are_looked_at_and_told(
+    run: Run, tiny_dir: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "a b", "completion": "cd", "focus": "b", "problem": "letters"},
+        {"prompt": "xyz", "completion": "!", "problem": "marks"},
+    ]
+    failures = tmp_path / "failures.jsonl"
+    failures.write_text("\n".join(map(json.dumps, rows)))
+    related = tmp_path / "related.jsonl"
+    related.write_text(json.dumps({"prompt": "so a b", "completion": "zzzz", "problem": "letters"}))
+    target = tmp_path / "patch"
+    result = run("repair", tiny_dir, failures, "-o", target, "--related", related, *SOLVABLE)
+    # one that is not fixed is no failure
+    assert result.code == 0, result.err
+    assert "letters" in result.err and "related rows fixed, broken" in result.err
+    report = RepairReport.load(target / "repair_report.json")
+    assert [problem.name for problem in report.problems] == ["letters", "marks"]
+    assert [problem.related for problem in report.problems] == [1, 0]
+    card = (target / "README.md").read_text()
+    assert "--related related.jsonl" in card and "| `letters` |" in card
+
+    inside = tmp_path / "inside"
+    shutil.copytree(target, inside)
+    shutil.copy(related, inside)
+    result = run("repair", tiny_dir, failures, "-o", inside, "--related", inside / "related.jsonl", "--overwrite")
+    assert result.code == 2
+    assert "is or holds the input" in result.err and "related.jsonl" in names(inside)
 
 
 def test_repair_json_is_one_document(run: Run, tiny_dir: Path, failures: Path, tmp_path: Path) -> None:
@@ -268,6 +298,7 @@ def test_the_card_says_how_to_repeat_it(run: Run, tiny_dir: Path, failures: Path
         (("--dtype", "int3"), "Unknown dtype 'int3'"),
         (("--push-to-hub", "not a repo"), "no name for a repository"),
         (("--retain", "nowhere.jsonl"), "nowhere.jsonl is not a file"),
+        (("--related", "nowhere.jsonl"), "nowhere.jsonl is not a file"),
     ],
 )
 def test_bad_options_are_2_and_leave_nothing(
@@ -296,6 +327,8 @@ def test_bad_options_are_2_and_leave_nothing(
         ('{"prompt": "a", "completion": 5}', "must be text"),
         ('{"prompt": "a", "completion": "b", "label": 1}', "unknown column 'label'"),
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "both be text or both be lists"),
+        ('{"prompt": "a", "completion": "b", "focus": "c"}', "line 1: 'focus' 'c' does not occur in the prompt"),
+        ('{"prompt": "a", "completion": "b", "problem": 1}', "line 1: 'problem' is int; it must be text"),
     ],
 )
 def test_bad_rows_are_2_before_any_model_is_loaded(run: Run, tmp_path: Path, text: str | None, message: str) -> None:

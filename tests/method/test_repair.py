@@ -31,6 +31,7 @@ from support.words import (
     ROWS,
     decided,
     dense_delta,
+    own_continuations,
     star,
     word_tokenizer,
     wrong_tokens,
@@ -337,6 +338,66 @@ def test_retained_rows_join_the_loss_when_they_break(algorithm, tokenizer):
     careful = repair(star(), tokenizer, ROWS, arguments, retain=retained)
     assert careful.success and careful.steps >= careless.steps
     assert not [token for token in careful.broken if token.source == "retain"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("mode", ["multiple", "single"])
+def test_related_rows_are_only_looked_at(mode, algorithm, tokenizer):
+    arguments = RepairArguments(mode=mode, algorithm=algorithm, **QUIET)
+    related = [*MANY, *own_continuations(tokenizer)]
+    one, two = star(), star()
+    without = repair(one, tokenizer, ROWS, arguments, retain=own_continuations(tokenizer)[:1])
+    report = repair(two, tokenizer, ROWS, arguments, retain=own_continuations(tokenizer)[:1], related=related)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert report.steps == without.steps and report.failures == without.failures
+    assert report.success == without.success
+    looked_at = [row for row in report.rows if row.source == "related"]
+    assert [row for row in report.rows if row.source != "related"] == without.rows
+    assert [token for token in report.broken if token.source != "related"] == without.broken
+    assert len(looked_at) == len(related) and all(row.generated_after is not None for row in looked_at)
+    # the failures themselves are among them
+    assert all(not row.exact_before and row.exact_after for row in looked_at[:2])
+    figures = report.summary()
+    assert figures["related_rows"] == len(related) and figures["related_fixed"] >= 2
+    assert "related_rows" not in without.summary()
+    (problem,) = report.problems
+    assert problem.related + problem.related_right == len(related) and problem.related_fixed >= 2
+
+
+def test_what_breaks_in_related_rows_is_listed_and_fails_nothing(tokenizer):
+    arguments = RepairArguments(**{**QUIET, "max_steps": 1, "algorithm": "prior-guided", "learning_rate": 20.0})
+    related = own_continuations(tokenizer)
+    report = repair(star(), tokenizer, ROWS, arguments, related=related)
+    broken = [token for token in report.broken if token.source == "related"]
+    assert broken and report.summary()["related_broken"] == sum(
+        not row.is_right for row in report.rows if row.source == "related"
+    )
+    report.rows = [row for row in report.rows if row.source == "related"]
+    assert report.success
+
+
+def test_a_report_tells_of_problems(tokenizer):
+    rows = [{**ROWS[0], "focus": "w9", "problem": "one"}, {**ROWS[1], "problem": "two"}]
+    retain = [{**row, "problem": "two"} for row in own_continuations(tokenizer)[:2]]
+    related = [{**RETAIN[0], "problem": "one"}, RETAIN[0]]
+    report = repair(star(), tokenizer, rows, RepairArguments(**QUIET), retain=retain, related=related)
+    one, two, unnamed = report.problems
+    assert (one.name, one.rows, one.related, one.retained) == ("one", 1, 1, 0)
+    assert (two.name, two.rows, two.related, two.retained) == ("two", 1, 0, 2)
+    assert (unnamed.name, unnamed.rows, unnamed.related, unnamed.acts) == ("", 0, 1, [])
+    for problem, row in ((one, 0), (two, 1)):
+        assert problem.failures == sum(item.row == row for item in report.failures) > 0
+        assert problem.solved == problem.failures and problem.rows_exact_after == 1 and problem.acts
+    assert [row.problem for row in report.rows] == ["one", "two", "two", "two", "one", None]
+
+
+def test_bad_related_rows_change_nothing(tokenizer):
+    model = star()
+    for related, error in (("w3", TypeError), ([{"prompt": "w3"}], ValueError)):
+        with pytest.raises(error, match="related"):
+            repair(model, tokenizer, ROWS, RepairArguments(**QUIET), related=related)
+    assert not any(value.any() for name, value in model.named_parameters() if "star_delta" in name)
 
 
 def test_bf16_models(tokenizer):

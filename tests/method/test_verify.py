@@ -7,9 +7,9 @@ from peft_star.engine.batch import completion_offsets
 from peft_star.engine.engine import Engine
 from peft_star.engine.passes import completion_logits, predict
 from peft_star.failures import encode_rows
-from peft_star.method.verify import Case, look_before, verify
+from peft_star.method.verify import Case, look_at_related, look_before, verify
 from support.tiny_models import MODELS, VOCAB
-from support.words import RETAIN, ROWS, own_continuations, running, star, word_tokenizer
+from support.words import MANY, RETAIN, ROWS, own_continuations, running, star, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,11 @@ def test_the_slots_of_retained_rows_lie_behind(tokenizer):
     # three, two and one tokens, then three and two retained ones
     assert slots_by_row(case.batches, 3) == {0: [0, 1, 2], 1: [3, 4], 2: [5]}
     assert slots_by_row(case.retained_batches, 2) == {0: [6, 7, 8], 1: [9, 10]}
-    assert case.parts == {"failures": (case.rows, slice(6)), "retain": (case.retained, slice(6, None))}
+    assert case.parts == {
+        "failures": (case.rows, slice(6)),
+        "retain": (case.retained, slice(6, 11)),
+        "related": ((), slice(11, None)),
+    }
     nothing = case.nothing_seen()
     assert len(nothing.right) == 11 and (nothing.expected == -1).all()
     expected = predict(Engine(MODELS["llama"].build()), [*case.batches, *case.retained_batches], nothing).expected
@@ -54,7 +58,34 @@ def test_the_slots_of_retained_rows_lie_behind(tokenizer):
 def test_a_case_of_failures_alone(tokenizer):
     case = case_of(tokenizer, retained=())
     assert case.retained_batches == () and len(case.nothing_seen().right) == 6
-    assert case.parts["retain"] == ([], slice(6, None))
+    assert case.parts["retain"] == ([], slice(6, 6))
+
+
+def test_the_slots_of_related_rows_lie_behind_all_that_is_patched_for(tokenizer):
+    rows, retained, related = (encode_rows(part, tokenizer) for part in (LONG_FIRST, RETAIN, MANY))
+    case = Case.of(Engine(MODELS["llama"].build(), 8), rows, retained, related)
+    assert case.parts["retain"] == (retained, slice(6, 9)) and case.parts["related"] == (related, slice(9, None))
+    assert slots_by_row(case.related_batches, 3) == {0: [9, 10], 1: [11], 2: [12, 13, 14]}
+    assert len(case.nothing_seen().right) == 9
+    assert [batch.items for batch in case.one_row_each()] == [[row] for row in rows]
+
+
+@pytest.mark.parametrize("mode", ["multiple", "single"])
+def test_related_rows_are_seen_without_what_patches_seeing_them(mode, tokenizer):
+    with running(star(), tokenizer, mode=mode) as run:
+        parts = [run.subject.encode(rows, "row") for rows in (ROWS, RETAIN, own_continuations(tokenizer)[:2])]
+        case = Case.of(run.engine, *parts)
+        before, traced = look_before(run, case)
+        seen = look_at_related(run, case, before)
+        now = verify(run, case, before.predictions, with_generation=True)
+        logits = torch.cat([completion_logits(run.engine.model, batch) for batch in case.related_batches])
+    slots = torch.cat([batch.slots for batch in case.related_batches])
+    assert len(before.predictions.right) == slots.min() == case.parts["related"][1].start
+    assert traced is None or traced.predictions is before.predictions
+    for later in (seen, now):
+        assert torch.equal(later.predictions.argmax[: slots.min()], before.predictions.argmax)
+        assert torch.equal(later.predictions.argmax[slots], logits.argmax(-1)) and later.predictions.right[slots].all()
+        assert later.generated["related"] == [row.completion_ids for row in case.related]
 
 
 def test_one_row_each_keeps_the_rows_order_and_slots(tokenizer):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .. import RepairArguments, RepairCallback, RepairReport, RepairState
 from ..engine.distributed import is_main_process
+from ..report import PROBLEM_COLUMNS
 
 SHOWN_ROWS = 20
 
@@ -111,7 +112,7 @@ def progress(as_json: bool) -> Iterator[RepairCallback]:
 
 
 def print_report(report: RepairReport, console: Console, layers: bool = True) -> None:
-    """The report as tables: failing tokens before and after, what broke, the totals."""
+    """The report as tables: failing tokens before and after, the problems, what broke, the totals."""
     if report.failures:
         table = Table(
             "row", "context", "expected", "before", "after", "", title="Failing tokens", title_justify="left"
@@ -130,6 +131,17 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
             console.print(f"... and {len(report.failures) - SHOWN_ROWS} more, in the report.")
     else:
         console.print("No failing token: the model already says all of this.")
+    if report.tells_problems:
+        table = Table("problem", *PROBLEM_COLUMNS, title="Problems", title_justify="left")
+        for problem in report.problems[:SHOWN_ROWS]:
+            table.add_row(visible(problem.title), *problem.cells(), problem.places(visible))
+        console.print(table)
+        if len(report.problems) > SHOWN_ROWS:
+            console.print(f"... and {len(report.problems) - SHOWN_ROWS} more, in the report.")
+    for problem in report.problems:
+        for text in problem.warnings:
+            about = f" ({visible(problem.name)})" if problem.name else ""
+            console.print(f"[yellow]Warning{about}:[/] {visible(text)}", soft_wrap=True)
     if report.broken:
         table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
         for item in report.broken[:SHOWN_ROWS]:
@@ -148,6 +160,9 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         table.add_row("rows generated right", generated)
     if figures["retained_rows"]:
         table.add_row("retained rows broken", f"{figures['retained_rows_broken']} of {figures['retained_rows']}")
+    if "related_rows" in figures:
+        carried = f"{figures['related_fixed']} and {figures['related_broken']} of {figures['related_rows']}"
+        table.add_row("related rows fixed, broken", carried)
     table.add_row("tokens broken", str(figures["tokens_broken"]))
     if layers:
         table.add_row("patched", f"{figures['neurons']} neurons in {figures['layers']} layers")

@@ -61,6 +61,12 @@ def repair(
     retain: Annotated[
         Path | None, typer.Option(metavar="RETAIN.jsonl", help="Rows of the same form that must stay right.")
     ] = None,
+    related: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RELATED.jsonl", help="Rows of the same form that are only looked at: does it carry over?"
+        ),
+    ] = None,
     config: Annotated[dict[str, Any], CONFIG],
     layers: Annotated[
         str,
@@ -89,9 +95,9 @@ def repair(
     selection = parse_layers(layers)
     run_arguments = RepairArguments(**arguments, disable_tqdm=True)
     star_config = StarConfig(task_type="CAUSAL_LM", revision=revision, **config, **selection)
-    check_patch_output(output, overwrite, inputs=(failures, retain, model))
+    check_patch_output(output, overwrite, inputs=(failures, retain, related, model))
     rows = read_rows(failures)
-    retained = read_rows(retain) if retain else None
+    others = {"retain": read_rows(retain) if retain else None, "related": read_rows(related) if related else None}
     if push_to_hub:
         check_repo_id(push_to_hub)
         check_token(token)
@@ -106,7 +112,7 @@ def repair(
             patched = get_peft_model(base, star_config)
         with progress(as_json) as callback, quiet():
             try:
-                report = run_repair(patched, tokenizer, rows, run_arguments, retain=retained, callbacks=[callback])
+                report = run_repair(patched, tokenizer, rows, run_arguments, **others, callbacks=[callback])
             except RepairInterrupted as error:
                 report, interrupted = error.report, True
     if not is_main():
@@ -115,6 +121,7 @@ def repair(
     # as a reader can repeat it: options that differ from their defaults, and no path of this machine
     words = ["peft-star", "repair", short_name(model), failures.name, "-o", "PATCH"]
     words += ["--retain", retain.name] if retain else []
+    words += ["--related", related.name] if related else []
     words += CONFIG.words(config)
     words += ["--layers", layers] if layers != LAYERS else []
     words += ARGUMENTS.words(arguments)

@@ -134,3 +134,31 @@ def head_reads(model: nn.Module, batch: Batch | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class _Left(Exception):
+    """A forward has come as far as it should."""
+
+
+@contextmanager
+def leaving(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Keep the states (B, T, d) that leave a decoder layer, and end the forward there; see [`run_until_left`]."""
+    seen: list[torch.Tensor] = []
+
+    def stop(module, args, output):
+        seen.append((output[0] if isinstance(output, tuple) else output).detach())
+        raise _Left
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def run_until_left(model: nn.Module, batch: Batch) -> None:
+    """A forward of the batch that ends where [`leaving`] says."""
+    try:
+        model(**batch.model_inputs(), use_cache=False)
+    except _Left:
+        pass

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -85,11 +86,16 @@ class Journal:
         steps: Steps taken in all.
         solved_before: Failures that were solved before those that are being patched.
         occlusion: What was last measured of the layers, for the report.
+        acts: Where the patch acts, for the report: dicts of a failures' `row` (its index), `how` ("focus" or "failing
+            position"), the `tokens` (positions in the row's tokens) and the `layers` (module names).
+        warnings: What a reader should know of a failures' row: its index, and a sentence.
     """
 
     def __init__(self, args: RepairArguments, callbacks: Sequence[RepairCallback] | None):
         self.args, self.state = args, RepairState(max_steps=args.max_steps)
         self.steps, self.solved_before, self.occlusion = 0, 0, {}
+        self.acts: list[dict[str, Any]] = []
+        self.warnings: list[tuple[int, str]] = []
         self.callbacks = list(callbacks or ())
         if not args.disable_tqdm and is_main_process():
             self.callbacks.append(ProgressCallback())

@@ -76,6 +76,18 @@ class Goal:
     task: Task
     before: Predictions
 
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Batch],
+        unwatched: Sequence[Batch],
+        medium: torch.Tensor,
+        before: Predictions,
+        margin: float,
+    ) -> Goal:
+        """The goal of solving the slots `medium` (n), starting from the predictions `before` (S)."""
+        return cls(tuple(batches), tuple(unwatched), Task.of(medium, before, margin), before)
+
     def look(self, engine: Engine, *, differentiate: bool = False) -> tuple[Predictions, float]:
         """What the model says now, and the loss over what is at stake.
 

@@ -9,7 +9,16 @@ from typing import Any
 from ..engine.batch import completion_offsets
 from ..engine.predictions import Predictions
 from ..failures import Row
-from ..report import CONTEXT_CHARACTERS, BrokenToken, FailureRecord, PatchedLayer, RepairReport, RowRecord
+from ..report import (
+    CONTEXT_CHARACTERS,
+    BrokenToken,
+    FailureRecord,
+    PatchedLayer,
+    ProblemRecord,
+    RepairReport,
+    RowRecord,
+)
+from .callbacks import Journal
 from .subject import Run, Subject
 from .verify import Case, Seen
 
@@ -17,11 +26,15 @@ from .verify import Case, Seen
 CONTEXT_TOKENS = 32
 
 
+def _text(tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 class Records:
     """Entries for one set of rows.
 
     Args:
-        source: "failures" or "retain".
+        source: "failures", "retain" or "related".
         rows: The rows.
         before, after: Predictions (S) at their completion tokens.
         tokenizer: Turns ids into text.
@@ -31,7 +44,7 @@ class Records:
         self.source, self.rows, self.before, self.after, self.tokenizer = source, rows, before, after, tokenizer
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return _text(self.tokenizer, ids)
 
     def _context(self, row: Row, position: int) -> str:
         start = max(0, position + 1 - CONTEXT_TOKENS)
@@ -107,6 +120,7 @@ class Records:
                 right_after=right_after,
                 exact_before=right_before == len(row.completion_ids),
                 exact_after=right_after == len(row.completion_ids),
+                problem=row.problem,
             )
             for when, generated in (("before", generated_before), ("after", generated_after)):
                 if generated is not None:
@@ -140,7 +154,53 @@ def make_report(run: Run, case: Case, before: Seen, after: Seen, interrupted: bo
             report.broken += records.broken()
             if source == "failures":
                 report.failures = records.failures()
+    report.problems = problem_records(report, case.rows, journal, run.subject.tokenizer)
     return report
+
+
+def problem_records(report: RepairReport, rows: Sequence[Row], journal: Journal, tokenizer) -> list[ProblemRecord]:
+    """The report's rows, and what the method told the journal of them, by problem.
+
+    Rows without a problem are one, named "". When the failures are of one problem, retained and related rows that
+    name none belong to it.
+
+    Args:
+        report: With everything else filled in.
+        rows: The failures' rows.
+        journal: Its `acts` and `warnings` are read.
+        tokenizer: Turns ids into text.
+    """
+    names = {row.index: row.problem or "" for row in rows}
+    unnamed = next(iter(names.values())) if len(set(names.values())) == 1 else ""
+    problems = {name: ProblemRecord(name) for name in names.values()}
+    for row in report.rows:
+        name = row.problem or ("" if row.source == "failures" else unnamed)
+        problems.setdefault(name, ProblemRecord(name)).count(row)
+    for item in report.failures:
+        problem = problems[names[item.row]]
+        problem.failures += 1
+        problem.solved += item.solved
+    for row, sentence in journal.warnings:
+        if sentence not in problems[names[row]].warnings:
+            problems[names[row]].warnings.append(sentence)
+    for act in _acts(report, journal):
+        ids = rows[act["row"]].input_ids
+        texts = [_text(tokenizer, [ids[position]]) for position in act["tokens"]]
+        problems[names[act["row"]]].add_act(act["how"], texts, act["layers"])
+    return list(problems.values())
+
+
+def _acts(report: RepairReport, journal: Journal) -> list[dict[str, Any]]:
+    """What the method said of where it acts, and of failing rows of which it said nothing, what every patch does."""
+    told, failing = {act["row"] for act in journal.acts}, {}
+    for item in report.failures:
+        if item.row not in told:
+            failing.setdefault(item.row, []).append(item.position)
+    layers = [layer.name for layer in report.layers]
+    return [
+        *journal.acts,
+        *({"row": row, "how": "failing position", "tokens": at, "layers": layers} for row, at in failing.items()),
+    ]
 
 
 def patched_layers(subject: Subject) -> list[PatchedLayer]:

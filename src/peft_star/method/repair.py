@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,19 +14,20 @@ from ..engine.engine import Engine
 from ..engine.passes import predict
 from ..engine.predictions import Predictions
 from ..engine.replay import Replay
+from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
 from ..sharing.hub import remember_report
-from . import prior_guided, protected
+from . import focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
 from .callbacks import Journal, RepairCallback
 from .locate import locate
-from .objective import Goal, Task
+from .objective import Goal
 from .records import make_report
 from .subject import Run, Subject
 from .trace import Trace, trace
-from .verify import Case, Seen, look_before, verify
+from .verify import Case, Seen, look_at_related, look_before, verify
 
 
 class RepairInterrupted(KeyboardInterrupt):
@@ -43,6 +45,7 @@ def repair(
     args: RepairArguments | None = None,
     *,
     retain: Iterable[dict[str, Any]] | None = None,
+    related: Iterable[dict[str, Any]] | None = None,
     callbacks: Sequence[RepairCallback] | None = None,
 ) -> RepairReport:
     """Find the failing tokens of `failures`, patch the neurons that cause them, and verify the patch.
@@ -54,8 +57,11 @@ def repair(
         model: A `PeftModel` from `get_peft_model(base, StarConfig(...))` or `PeftModel.from_pretrained`.
         tokenizer: Its tokenizer.
         failures: Rows `{"prompt", "completion"}`, strings or lists of chat messages; a list or a `datasets.Dataset`.
+            They may carry `focus` (a text span of the prompt, or a list of spans, that the problem is about) and
+            `problem` (a name), too.
         args: How to run; defaults to `RepairArguments()`.
         retain: Rows of the same form that must stay as they are; tokens of theirs that break join the loss.
+        related: Rows of the same form that are only looked at, for the report to say how far the repair carries over.
         callbacks: [`RepairCallback`]s.
 
     Returns:
@@ -69,12 +75,14 @@ def repair(
     args = args or RepairArguments()
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, callbacks)
     rows = subject.encode(failures, "failures row")
-    retain = list(retain) if retain is not None and not isinstance(retain, (str, bytes, dict)) else retain
-    retained = subject.encode(retain, "retain row") if retain else []
+    retained, related = (
+        _encode_optional(subject, given, name) for given, name in ((retain, "retain row"), (related, "related row"))
+    )
     interrupted = after = None
-    with _running(subject, args, journal, (rows, retained)) as run:
-        case = Case.of(run.engine, rows, retained)
+    with _running(subject, args, journal, (rows, retained, related)) as run:
+        case = Case.of(run.engine, rows, retained, related)
         before, traced = look_before(run, case)
+        seen = look_at_related(run, case, before) if related else before
         try:
             after = MODES[args.mode](run, case, before, traced)
         except KeyboardInterrupt as error:
@@ -84,7 +92,7 @@ def repair(
             interrupted = error
         subject.config.base_fingerprint = fingerprint(subject.base)
         now = verify(run, case, after, args.verify_generation and not interrupted)
-        report = make_report(run, case, before, now, interrupted is not None)
+        report = make_report(run, case, seen, now, interrupted is not None)
     remember_report(model, subject.adapter, report)
     journal.call("on_repair_end")
     if interrupted is not None:
@@ -123,6 +131,12 @@ def prepare(
     return {name: delta.star_prior for name, delta in deltas.items()}
 
 
+def _encode_optional(subject: Subject, rows: Iterable[dict[str, Any]] | None, name: str) -> list[Row]:
+    """The rows as tokens, if there are any."""
+    rows = list(rows) if rows is not None and not isinstance(rows, (str, bytes, dict)) else rows
+    return subject.encode(rows, name) if rows else []
+
+
 @contextmanager
 def _running(subject: Subject, args: RepairArguments, journal: Journal, rows: Any) -> Iterator[Run]:
     team = Team(subject.base)
@@ -138,7 +152,15 @@ def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
     run.journal.state.num_failures = len(traced.medium)
     if not len(traced.medium):
         return before.predictions
-    return patch_traced(run, case, traced)
+    goal = Goal.of(traced.batches, case.retained_batches, traced.medium, traced.predictions, run.args.margin)
+    run, now = push_the_focus(run, case, goal)
+    if now is not None:
+        now, broken = goal.look_at_the_rest(run.engine, now)
+        if goal.task.done(now):
+            return now
+        goal, at_stake = goal.watching(broken), goal.task.at_stake(now).nonzero()[:, 0]
+        traced = trace(run.engine, goal.batches, run.probe(), at=at_stake, start=goal.before)
+    return patch_traced(run, goal, traced)
 
 
 def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
@@ -147,6 +169,11 @@ def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
     wrong = ~now.right[case.parts["failures"][1]]
     journal.state.num_failures = int(wrong.sum())
     batches = case.one_row_each()
+    if wrong.any():
+        medium = wrong.nonzero()[:, 0]
+        goal = Goal.of(case.batches, case.retained_batches, medium, before.predictions, run.args.margin)
+        run, _ = push_the_focus(run, case, goal)
+        engine = run.engine
     for _ in range(run.args.max_rounds if wrong.any() else 0):
         solved_at_start = journal.state.num_solved
         for batch in batches:
@@ -157,7 +184,9 @@ def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
                         engine, [batch], run.probe(), only=slot, start=before.predictions, progress=journal.advance
                     )
                 if len(found.medium):  # an earlier patch may have solved it along with its own failure
-                    patch_traced(run, case, found)
+                    retained = case.retained_batches
+                    goal = Goal.of([batch], retained, found.medium, found.predictions, run.args.margin)
+                    patch_traced(run, goal, found)
         now = predict(engine, case.batches, before.predictions.copy())
         right = now.right[: len(wrong)]
         journal.state.num_solved = int((wrong & right).sum())
@@ -166,22 +195,36 @@ def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
     return now
 
 
-def patch_traced(run: Run, case: Case, traced: Trace) -> Predictions:
+def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions | None]:
+    """Push the rows that name their focus there, before what is left is pushed where it fails.
+
+    Returns:
+        The run that goes on, and the predictions (S) at the failures' rows where something was changed.
+    """
+    if run.args.algorithm != "protected" or not any(row.focus for row in case.rows):
+        return run, None
+    now = focused.patch(run, goal, case.rows, case.retained)
+    if now is not None:
+        # what was recorded of the layers below is no longer so
+        engine = replace(run.engine, replay=Replay(run.subject.base, next(iter(run.subject.decoder_layers))))
+        run = replace(run, engine=engine)
+    return run, now
+
+
+def patch_traced(run: Run, goal: Goal, traced: Trace) -> Predictions:
     """The paper's three operations on what one trace found: locate, solve, patch.
 
     Returns:
-        [`Predictions`] (S) of the state that was kept, at the traced rows.
+        [`Predictions`] (S) of the state that was kept, at the goal's rows.
     """
     journal, algorithm = run.journal, ALGORITHMS[run.args.algorithm]
-    task = Task.of(traced.medium, traced.predictions, run.args.margin)
-    goal = Goal(tuple(traced.batches), case.retained_batches, task, traced.predictions)
     located = locate(run, traced)
     layers, solved = algorithm.solve(run, located, traced)
     journal.solved_before = journal.state.num_solved
     deltas = [layer.delta for layer in layers]
-    with journal.phase("patch", run.args.max_steps), keeping_best(deltas, task, traced.predictions, journal) as best:
+    with journal.phase("patch", run.args.max_steps), keeping_best(deltas, goal.task, goal.before, journal) as best:
         algorithm.patch(run, goal, layers, solved, traced, best)
-    journal.state.num_solved = journal.solved_before + int(best.predictions.right[traced.medium].sum())
+    journal.state.num_solved = journal.solved_before + int(best.predictions.right[goal.task.medium].sum())
     return best.predictions
 
 

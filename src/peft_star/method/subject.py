@@ -116,7 +116,9 @@ class Subject:
     def encode(self, rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
         """The rows as tokens; `name` is what messages call one."""
         if rows is None or isinstance(rows, (str, bytes, dict)):
-            raise TypeError("failures and retain must be lists (or datasets) of rows with 'prompt' and 'completion'.")
+            raise TypeError(
+                "failures, retain and related must be lists (or datasets) of rows with 'prompt' and 'completion'."
+            )
         return encode_rows(rows, self.tokenizer, context_length(self.base), name=name)
 
     def ffns(self) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..engine.batch import Batch, completion_offsets, make_batches
@@ -16,25 +16,34 @@ from .trace import Trace, trace
 
 @dataclass(frozen=True)
 class Case:
-    """The rows of one repair in batches. Their S completion tokens are numbered through: the slots of the retained
-    rows come behind those of the failures' rows."""
+    """The rows of one repair in batches. Their completion tokens are numbered through: the slots of the retained rows
+    come behind those of the failures' rows, and make up S with them. What patches knows these alone: the slots of the
+    related rows, which are only looked at, lie behind."""
 
     rows: Sequence[Row]
     retained: Sequence[Row]
     batches: tuple[Batch, ...]
     retained_batches: tuple[Batch, ...]
+    related: Sequence[Row] = ()
+    related_batches: tuple[Batch, ...] = ()
 
     @classmethod
-    def of(cls, engine: Engine, rows: Sequence[Row], retained: Sequence[Row]) -> Case:
-        own = completion_offsets(rows)[-1]
-        behind = tuple(replace(batch, slots=batch.slots + own) for batch in engine.batches(retained))
-        return cls(rows, retained, tuple(engine.batches(rows)), behind)
+    def of(cls, engine: Engine, rows: Sequence[Row], retained: Sequence[Row], related: Sequence[Row] = ()) -> Case:
+        own, kept = completion_offsets(rows)[-1], completion_offsets(retained)[-1]
+        behind = _batches_from(engine, retained, own)
+        return cls(
+            rows, retained, tuple(engine.batches(rows)), behind, related, _batches_from(engine, related, own + kept)
+        )
 
     @property
     def parts(self) -> dict[str, tuple[Sequence[Row], slice]]:
         """By source the rows and their slots."""
-        own = completion_offsets(self.rows)[-1]
-        return {"failures": (self.rows, slice(own)), "retain": (self.retained, slice(own, None))}
+        own, kept = completion_offsets(self.rows)[-1], completion_offsets(self.retained)[-1]
+        return {
+            "failures": (self.rows, slice(own)),
+            "retain": (self.retained, slice(own, own + kept)),
+            "related": (self.related, slice(own + kept, None)),
+        }
 
     def one_row_each(self) -> list[Batch]:
         """The failures' rows in their order, a batch each. Made once, what is replayed of a row serves all of its
@@ -42,12 +51,19 @@ class Case:
         return sorted(make_batches(self.rows, 1, self.batches[0].input_ids.device), key=lambda batch: batch.slots[0])
 
     def nothing_seen(self) -> Predictions:
-        return Predictions.empty(sum(completion_offsets(rows)[-1] for rows, _ in self.parts.values()))
+        """Of the S tokens; there are none of related rows among them."""
+        return Predictions.empty(self.parts["related"][1].start)
+
+
+def _batches_from(engine: Engine, rows: Sequence[Row], start: int) -> tuple[Batch, ...]:
+    """The rows in batches, their slots numbered from `start`."""
+    return tuple(replace(batch, slots=batch.slots + start) for batch in engine.batches(rows))
 
 
 @dataclass
 class Seen:
-    """What the model said: predictions (S) at the completion tokens, and by source the generated tokens of each row
+    """What the model said: predictions (S) at the completion tokens, with those of related rows behind them once
+    these were looked at, and by source the generated tokens of each row
     (empty: nothing was generated)."""
 
     predictions: Predictions
@@ -55,7 +71,10 @@ class Seen:
 
 
 def look_before(run: Run, case: Case) -> tuple[Seen, Trace | None]:
-    """What the model says before the first patch. In `"multiple"` mode a trace's forward tells, which comes along."""
+    """What the model says before the first patch, except at the related rows.
+
+    In `"multiple"` mode a trace's forward tells, which comes along.
+    """
     engine, journal, traced = run.engine, run.journal, None
     rows_of = engine.team.rows
     if run.args.mode == "multiple":
@@ -74,12 +93,27 @@ def look_before(run: Run, case: Case) -> tuple[Seen, Trace | None]:
     return seen, traced
 
 
+def look_at_related(run: Run, case: Case, before: Seen) -> Seen:
+    """What the model says before the first patch, with the related rows. Nothing that patches is to be given it."""
+    with run.journal.phase("failures", run.engine.team.rows(case.related_batches)):
+        return replace(before, predictions=_with_related(run, case, before.predictions, run.journal.advance))
+
+
+def _with_related(
+    run: Run, case: Case, seen: Predictions, progress: Callable[[int], None] | None = None
+) -> Predictions:
+    """Predictions (S) with those of the related rows behind them."""
+    into = Predictions.join(seen, Predictions.empty(completion_offsets(case.related)[-1]))
+    return predict(run.engine, case.related_batches, into, progress)
+
+
 def verify(run: Run, case: Case, after: Predictions | None, with_generation: bool) -> Seen:
-    """What the model says now; `after`: predictions of the failures' rows, if they are known."""
+    """What the model says now, at the related rows, too; `after`: predictions (S) of the failures' rows, if known."""
     engine = run.engine
     with run.journal.phase("verify", _own_rows(run, case)):
         now = predict(engine, case.batches, case.nothing_seen()) if after is None else after.copy()
         predict(engine, case.retained_batches, now)
+        now = _with_related(run, case, now) if case.related else now
         return Seen(now, generate_all(run, case) if with_generation else {})
 
 
@@ -94,4 +128,4 @@ def generate_all(run: Run, case: Case) -> dict[str, list[tuple[int, ...]]]:
 
 
 def _own_rows(run: Run, case: Case) -> int:
-    return len(run.engine.team.share_rows([*case.rows, *case.retained]))
+    return len(run.engine.team.share_rows([*case.rows, *case.retained, *case.related]))
