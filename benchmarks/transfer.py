@@ -40,6 +40,7 @@ from torch import nn
 from figures import drawing, label, looks, save
 from harness import load, resume, run_units, setting_of
 from interface import MAX_BATCH_TOKENS, Method
+from methods import Star
 from peft_star.engine.engine import Engine
 from peft_star.engine.passes import teacher_forced
 from peft_star.evaluation import TextProbe
@@ -53,7 +54,7 @@ MIGRATIONS = Path(__file__).parent / "data" / "migrations.jsonl"
 NEW_NAMES = ("cross_validation_to_model_selection", "np_in1d_to_isin", "pydantic_dict_to_model_dump")
 DEFAULT_METHODS = ["star", "memit", "rome", "alphaedit", "lora", "logit-bias"]
 # methods that can do without a row's focus, and use it where there is one
-TAKES_FOCUS: tuple[type[Method], ...] = ()
+TAKES_FOCUS: tuple[type[Method], ...] = (Star,)
 Row = dict[str, Any]
 
 

@@ -240,10 +240,9 @@ def test_an_interrupted_run_goes_on(command, monkeypatch, capsys):
     assert len(command("--methods", "logit-bias", "--examples")) == 2 and len(calls) == 3
 
 
-def test_the_subject_goes_where_it_is_read(monkeypatch):
-    star, memit = make_method("star"), make_method("memit")
-    assert [set(row) for row in transfer.given_to(star, FACTS, True)] == [{"prompt", "completion"}] * 2
-    assert [row["focus"] for row in transfer.given_to(memit, FACTS, False)] == ["the cat", "my dog"]
-    monkeypatch.setattr(transfer, "TAKES_FOCUS", (type(star),))
-    assert transfer.given_to(star, FACTS, True)[0]["focus"] == "the cat"
-    assert "focus" not in transfer.given_to(star, FACTS, False)[0]
+def test_the_subject_goes_where_it_is_read():
+    star, memit, lora = (make_method(name) for name in ("star", "memit", "lora"))
+    for method, focus in ((star, True), (memit, True), (memit, False)):
+        assert [row["focus"] for row in transfer.given_to(method, FACTS, focus)] == ["the cat", "my dog"]
+    for method, focus in ((star, False), (lora, True)):
+        assert [set(row) for row in transfer.given_to(method, FACTS, focus)] == [{"prompt", "completion"}] * 2
