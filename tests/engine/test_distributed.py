@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from peft_star.engine.batch import make_batches
 from peft_star.engine.distributed import Team, spans_processes
 from peft_star.failures import encode_rows
 from peft_star.loading import load_model
-from support.tiny_models import tiny_llama
+from support.tiny_models import VOCAB, tiny_llama
 from support.words import QUIET, star, word_tokenizer
 
 TESTS = Path(__file__).parents[1]
@@ -30,6 +32,8 @@ FAILURES = [
     {"prompt": "w60 w61", "completion": " w62"},
 ]
 RETAIN = [{"prompt": "w50 w51", "completion": " w52 w53 w54"}, {"prompt": "w33 w34 w35", "completion": " w36"}]
+# words that the tokenizer knows, so that what one process reads of it differs from what another reads
+BACKGROUND = " ".join(f"w{word}" for word in random.Random(0).choices(range(3, VOCAB), k=2048))
 RUNS = {
     "multiple": {},
     "single": {"mode": "single"},
@@ -57,7 +61,8 @@ def run(name, retained):
     retain = own_words(model.get_base_model(), tokenizer, RETAIN) if retained == "retain" else None
     arguments = RepairArguments(**{**QUIET, **RUNS[name]})
     rows = FAILURES[:1] if name == "one row" else FAILURES
-    report = repair(model, tokenizer, rows, arguments, retain=retain)
+    with patch("peft_star.method.background.background_text", lambda: BACKGROUND):
+        report = repair(model, tokenizer, rows, arguments, retain=retain)
     return tensors_of(model), report.to_dict()
 
 
