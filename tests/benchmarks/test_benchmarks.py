@@ -189,17 +189,6 @@ def test_settings_are_plain_json():
         assert method.name == name
 
 
-@pytest.fixture
-def data(tmp_path):
-    for task in ("conala", "ia32"):
-        folder = tmp_path / "data" / task
-        folder.mkdir(parents=True)
-        rows = [{"prompt": f"{task} {n}", "completion": f"{n}{task[0]}"} for n in range(4)]
-        for name in ("retrieval", "inference"):
-            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return tmp_path / "data"
-
-
 def run_effectiveness(monkeypatch, tiny_dir, data, out, *more):
     given = ["--model", str(tiny_dir), "--data", str(data), "--tasks", "conala", "ia32", "--rows", "2"]
     given += ["--demonstrations", "1", "--json", str(out), "--methods", "logit-bias", "sgd", "mint", *more]

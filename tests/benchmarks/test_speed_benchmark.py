@@ -30,17 +30,6 @@ SECONDS = {"wall": 1.0, "cpu": 1.0}
 
 
 @pytest.fixture
-def data(tmp_path):
-    for task in ("conala", "ia32"):
-        folder = tmp_path / "data" / task
-        folder.mkdir(parents=True)
-        rows = [{"prompt": f"{task} {n}", "completion": f"{n}{task[0]}"} for n in range(4)]
-        for name in ("retrieval", "inference"):
-            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def run(monkeypatch, tiny_dir, data):
     """Run the command line on two rows of two tasks."""
     threads = torch.get_num_threads()
