@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from peft_star import RepairArguments, RepairInterrupted, repair
+from peft_star import RepairArguments, RepairCallback, RepairInterrupted, repair
 from peft_star.failures import Row, encode_rows
 from peft_star.method import focused
+from peft_star.method.background import FLOOR
 from peft_star.method.focused import whitened
-from peft_star.method.targets import LARGEST, Site, find_targets
+from peft_star.method.targets import LARGEST, Site, find_target
 from support.modules import hooks
 from support.words import QUICK, RETAIN, ROWS, decided, star, word_tokenizer
 
@@ -40,7 +41,7 @@ def test_whitening_by_either_system_is_the_dense_solution(rows):
     part = torch.randn(rows, 12, generator=generator, dtype=torch.float64)
     values = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     moment = part.T @ part
-    moment += focused.FLOOR * moment.diagonal().mean() * torch.eye(12, dtype=moment.dtype)
+    moment += FLOOR * moment.diagonal().mean() * torch.eye(12, dtype=moment.dtype)
     torch.testing.assert_close(whitened(values, part), values @ torch.linalg.inv(moment))
 
 
@@ -49,7 +50,7 @@ def test_a_target_makes_its_completion_likelier_and_is_bounded(tokenizer):
     (row,) = encode_rows(ROWS[:1], tokenizer)
     front = Row(1, "", "", (*row.prompt_ids[:1], *row.prompt_ids), row.completion_ids)
     before = hooks(model)
-    (delta,) = find_targets(model, NAMES[0], NAMES[1], [Site((row, front), ((1,), (2,)))], 1000)
+    delta = find_target(model, NAMES[0], NAMES[1], Site((row, front), ((1,), (2,))), 1000)
     assert delta.shape == (1, model.config.hidden_size) and hooks(model) == before
     ids = torch.tensor([row.input_ids])
     states = []
@@ -91,7 +92,7 @@ def test_rows_with_a_focus_are_pushed_there_and_solved(mode, tokenizer, monkeypa
 
 def test_without_a_focus_nothing_is_pushed_in_the_band(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
-    monkeypatch.setattr(focused, "find_targets", lambda *args: pytest.fail("no row has a focus"))
+    monkeypatch.setattr(focused, "find_target", lambda *args: pytest.fail("no row has a focus"))
     report = repair(star(num_layers=1), tokenizer, ROWS, RepairArguments(learning_rate=0.05, **QUICK))
     assert [layer.name for layer in report.layers] == ["model.layers.2.mlp.down_proj"]
 
@@ -116,7 +117,7 @@ def test_a_push_that_does_not_hold_up_is_taken_back(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
     plain, pushed = star(num_layers=1), star(num_layers=1)
     width = plain.get_base_model().config.hidden_size
-    monkeypatch.setattr(focused, "find_targets", lambda *args: [torch.zeros(1, width)])
+    monkeypatch.setattr(focused, "find_target", lambda *args: torch.zeros(1, width))
     arguments = RepairArguments(learning_rate=0.05, **QUICK)
     repair(plain, tokenizer, ROWS, arguments)
     report = repair(pushed, tokenizer, FOCUSED, arguments)
@@ -157,3 +158,28 @@ def test_what_ends_like_the_focus_is_not_it(tokenizer):
     ] * len(focused.FRONT)
     assert named.contrast[0] == (row.prompt_ids[2],)
     assert all(ids[-1] == row.prompt_ids[2] and row.prompt_ids[1] not in ids for ids in named.contrast)
+
+
+def test_what_the_focus_solved_is_counted_once(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    heard = []
+
+    class Counting(RepairCallback):
+        def on_step_end(self, args, state):
+            heard.append((state.num_solved, state.num_failures))
+
+    model = star(num_layers=1, num_neurons=32)
+    rows = [*FOCUSED, {"prompt": "w50 w51", "completion": " w52 w53 w54"}]
+    arguments = RepairArguments(learning_rate=0.05, **QUICK)
+    report = repair(model, tokenizer, rows, arguments, callbacks=[Counting()])
+    assert report.num_solved == len(report.failures) == heard[-1][0]
+    # the push at the focus solves some and leaves the row without one
+    assert 0 < heard[0][0] < heard[0][1]
+    assert len(heard) > 1 and all(solved <= failures for solved, failures in heard)
+
+
+def test_a_focus_with_nothing_to_protect(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    row = {"prompt": "w9", "completion": " w20", "focus": "w9"}
+    report = repair(star(num_layers=1), tokenizer, [row], RepairArguments(background=0, learning_rate=0.05, **QUICK))
+    assert report.failures and report.num_solved == len(report.failures)

@@ -75,6 +75,10 @@ def moment_factor(activations: torch.Tensor, team: Team = ALONE) -> torch.Tensor
     which this process holds its part."""
     b = activations.double()
     moment = team.sum(b.T @ b) / team.total(len(b))
-    floor = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * FLOOR
-    moment.diagonal().add_(floor)
+    moment.diagonal().add_(floor_of(moment.diagonal().mean()))
     return torch.linalg.cholesky(moment)
+
+
+def floor_of(mean: torch.Tensor) -> torch.Tensor:
+    """ε for a second moment whose diagonal has this mean; above 0 also where nothing was ever shown."""
+    return mean.clamp(min=torch.finfo(torch.float32).tiny) * FLOOR

@@ -23,12 +23,12 @@ from ..failures import Row
 from ..models import structure
 from ..models.inputs import input_device
 from ..tuner.layer import count_of
-from .background import FLOOR, background_activations
+from .background import background_activations, floor_of
 from .best import keeping_best
 from .objective import Goal
 from .solve import protected_answer
 from .subject import HeldLayer, Run
-from .targets import Site, find_targets
+from .targets import Site, find_target
 
 # the layers that a push is spread over, as shares of the depth: the third to the seventh of 30
 BAND = (2 / 30, 6 / 30)
@@ -50,7 +50,7 @@ class Named:
 
     row: Row
     site: Site
-    contrast: tuple[Row, ...]
+    contrast: tuple[tuple[int, ...], ...]
 
 
 def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) -> Predictions | None:
@@ -66,7 +66,7 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
     Returns:
         [`Predictions`] (S) with the pushes, or None where there are none; the adapter is then as it was.
     """
-    # lower layers change, so none is replayed; and every process reads all of the background
+    # the lower layers change, so none is replayed
     run = replace(run, engine=replace(run.engine, replay=nullcontext))
     failing = {int(slot) for slot in goal.task.medium.nonzero()[:, 0]}
     starts = completion_offsets(rows)
@@ -77,23 +77,25 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
     ]
     if not named:
         return None
-    band = _band(run)
+    layers_of_model = [name for name, _ in structure.find_decoder_layers(run.subject.base)]
+    band = _band(run, layers_of_model)
     if not band:
         _warn(run, named, "The adapter does not reach the layers in which a push at the focus acts.")
         return None
     with run.journal.phase("solve", len(named)):
         reader = _Reader(run, band)
+        above = layers_of_model[layers_of_model.index(reader.top) + 1]
         targets = []
         for one in named:
-            limit = run.args.max_batch_tokens
-            targets += find_targets(reader.model, reader.top, reader.above, [one.site], limit)
+            targets.append(find_target(reader.model, reader.top, above, one.site, run.args.max_batch_tokens))
             run.journal.advance()
         protection = reader.protection(named, retained)
-        layers = run.subject.hold(reader.locate(named, protection))
+        unpatched = reader.at_sites(named)
+        layers = run.subject.hold(reader.locate(unpatched[0], protection))
     deltas = [layer.delta for layer in layers]
     with run.journal.phase("patch", 1), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
         start = [delta.detach().clone() for delta in deltas]
-        reader.spread(layers, named, torch.cat(targets), protection)
+        reader.spread(layers, named, torch.cat(targets), protection, unpatched)
         whole = [delta.detach() - origin for delta, origin in zip(deltas, start)]
         least = goal.task.wanting(goal.before).sum()
         for strength in STRENGTHS:
@@ -110,7 +112,7 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
     for one in named:
-        run.journal.acts.append({"row": one.row.index, "how": "focus", "tokens": _sites(one.row), "layers": band})
+        run.journal.acts.append({"row": one.row.index, "how": "focus", "tokens": list(one.row.focus), "layers": band})
     return best.predictions
 
 
@@ -118,17 +120,12 @@ def _warn(run: Run, named: Sequence[Named], sentence: str) -> None:
     run.journal.warnings += [(one.row.index, sentence) for one in named]
 
 
-def _band(run: Run) -> list[str]:
-    """The second matrices in the band, of those that the adapter may patch, in order of depth."""
-    names = [name for name, _ in structure.find_decoder_layers(run.subject.base)]
+def _band(run: Run, names: Sequence[str]) -> list[str]:
+    """The second matrices in the band of these decoder layers, of those that the adapter may patch, by depth."""
     first, last = (min(round(share * len(names)), len(names) - 2) for share in BAND)
     inside = set(names[first : last + 1]) if len(names) > 1 else set()
     found = [name for name, layer in run.subject.decoder_of.items() if layer in inside]
     return [name for name in found if structure.routed_shape(run.subject.base.get_submodule(name)) is None]
-
-
-def _sites(row: Row) -> list[int]:
-    return list(row.focus)
 
 
 def _named(run: Run, row: Row) -> Named:
@@ -139,7 +136,7 @@ def _named(run: Run, row: Row) -> Named:
     for front in fronts:
         ids = row.prompt_ids[:begin] + front + row.prompt_ids[begin:]
         rows.append(Row(len(rows), "", "", ids, row.completion_ids))
-        positions.append(tuple(last + len(front) for last in _sites(row)))
+        positions.append(tuple(last + len(front) for last in row.focus))
     for first, last in zip(row.focus_starts, row.focus):
         # a text's first token is unlike any other, so the endings stand behind others, too
         begins = [row.prompt_ids[:begin] + front for front in fronts]
@@ -151,10 +148,8 @@ class _Reader:
     """Reads what the neurons of the band do, by forwards that end behind it."""
 
     def __init__(self, run: Run, band: list[str]):
-        names = [name for name, _ in structure.find_decoder_layers(run.subject.base)]
         self.run, self.model = run, run.engine.model
         self.top = run.subject.decoder_of[band[-1]]
-        self.above = names[names.index(self.top) + 1]
         self.ffns = {name: run.subject.base.get_submodule(name) for name in band}
 
     @torch.no_grad()
@@ -205,7 +200,7 @@ class _Reader:
             for number, one in enumerate(named):
                 keep = torch.ones(len(values[number]), dtype=torch.bool)
                 # from the site on, a row is what the push is for
-                keep[_sites(one.row)[0] :] = False
+                keep[one.row.focus[0] :] = False
                 values[number] = values[number][keep]
             others = torch.cat(values).double()
             rows = [others / max(1, len(others)) ** 0.5]
@@ -216,9 +211,8 @@ class _Reader:
             parts[name] = torch.cat(rows)
         return parts
 
-    def locate(self, named: Sequence[Named], protection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def locate(self, v: dict[str, torch.Tensor], protection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The neurons that tell the sites from what is protected: those with the largest part in vᵀ C⁻¹ v."""
-        v, _ = self.at_sites(named)
         located = {}
         for name, values in v.items():
             values = values.double()
@@ -235,16 +229,19 @@ class _Reader:
         named: Sequence[Named],
         targets: torch.Tensor,
         protection: dict[str, torch.Tensor],
+        unpatched: tuple[dict[str, torch.Tensor], torch.Tensor],
     ) -> None:
         """Write deltas such that the states that leave the band change by the targets (n, d); each layer takes its
-        share of what is still missing (MEMIT, equation 20)."""
-        _, start = self.at_sites(named)
+        share of what is still missing (MEMIT, equation 20). `unpatched` is what [`at_sites`] reads before."""
+        v, states = unpatched
+        start = states
         for number, layer in enumerate(layers):
-            v, states = self.at_sites(named)
+            if number:
+                v, states = self.at_sites(named)
             missing = (targets.to(start) - (states - start)) / (len(layers) - number)
             part = protection[layer.name][:, layer.neurons].to(layer.delta.device)
             moment = part.T @ part
-            moment.diagonal().add_(moment.diagonal().mean() * FLOOR)
+            moment.diagonal().add_(floor_of(moment.diagonal().mean()))
             values = v[layer.name].index_select(1, layer.neurons).to(layer.delta.device)
             ridge = max(self.run.args.ridge, RIDGE)
             answer = protected_answer(values, torch.linalg.cholesky(moment), ridge)
@@ -253,7 +250,7 @@ class _Reader:
 
 def whitened(values: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """(C + ε I)⁻¹ v for rows v (n, m), with C = AᵀA of a `part` A (N, m), by the smaller of the two systems."""
-    floor = part.square().sum() / part.shape[1] * FLOOR
+    floor = floor_of(part.square().sum() / part.shape[1])
     if len(part) >= part.shape[1]:
         moment = part.T @ part
         moment.diagonal().add_(floor)

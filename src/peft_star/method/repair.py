@@ -143,8 +143,12 @@ def _running(subject: Subject, args: RepairArguments, journal: Journal, rows: An
     team.check_same(rows)
     journal.call("on_repair_begin")
     with subject.frozen():
-        replay = Replay(subject.base, next(iter(subject.decoder_layers)))
-        yield Run(Engine(subject.base, args.max_batch_tokens, team, replay), subject, args, journal)
+        yield Run(Engine(subject.base, args.max_batch_tokens, team, _replay(subject)), subject, args, journal)
+
+
+def _replay(subject: Subject) -> Replay:
+    """Of what lies below the layers that may be patched."""
+    return Replay(subject.base, next(iter(subject.decoder_layers)))
 
 
 def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
@@ -165,7 +169,7 @@ def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
 
 def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
     """Each failure with a prior of its own; those that a later patch undid come up again (mode "single")."""
-    engine, journal, now = run.engine, run.journal, before.predictions
+    journal, now = run.journal, before.predictions
     wrong = ~now.right[case.parts["failures"][1]]
     journal.state.num_failures = int(wrong.sum())
     batches = case.one_row_each()
@@ -173,7 +177,7 @@ def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
         medium = wrong.nonzero()[:, 0]
         goal = Goal.of(case.batches, case.retained_batches, medium, before.predictions, run.args.margin)
         run, _ = push_the_focus(run, case, goal)
-        engine = run.engine
+    engine = run.engine
     for _ in range(run.args.max_rounds if wrong.any() else 0):
         solved_at_start = journal.state.num_solved
         for batch in batches:
@@ -206,8 +210,7 @@ def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions |
     now = focused.patch(run, goal, case.rows, case.retained)
     if now is not None:
         # what was recorded of the layers below is no longer so
-        engine = replace(run.engine, replay=Replay(run.subject.base, next(iter(run.subject.decoder_layers))))
-        run = replace(run, engine=engine)
+        run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))
     return run, now
 
 
@@ -220,7 +223,8 @@ def patch_traced(run: Run, goal: Goal, traced: Trace) -> Predictions:
     journal, algorithm = run.journal, ALGORITHMS[run.args.algorithm]
     located = locate(run, traced)
     layers, solved = algorithm.solve(run, located, traced)
-    journal.solved_before = journal.state.num_solved
+    # of this goal's failures a push at the focus may have solved some
+    journal.solved_before = journal.state.num_solved - goal.task.num_solved(traced.predictions)
     deltas = [layer.delta for layer in layers]
     with journal.phase("patch", run.args.max_steps), keeping_best(deltas, goal.task, goal.before, journal) as best:
         algorithm.patch(run, goal, layers, solved, traced, best)

@@ -7,7 +7,7 @@ transform them, so there a target is found through these layers, by a few gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -46,32 +46,28 @@ class Site:
         return len(self.positions[0])
 
 
-def find_targets(model: nn.Module, top: str, above: str, sites: Sequence[Site], max_tokens: int) -> list[torch.Tensor]:
-    """What has to be added to the hidden states that leave the layer `top`, at the sites, for their completions.
+def find_target(model: nn.Module, top: str, above: str, site: Site, max_tokens: int) -> torch.Tensor:
+    """What has to be added to the hidden states that leave the layer `top`, at a site, for its completions.
 
-    Per token of a site a vector δ, together minimising the mean cross entropy of its rows' completions, with a term
+    Per token of the site a vector δ, together minimising the mean cross entropy of its rows' completions, with a term
     that keeps what the model says right behind the tokens, one that keeps δ small, and a bound on its size.
 
     Args:
         model: A causal LM in evaluation mode whose parameters need no gradient.
         top, above: Names of a decoder layer and of the next one.
-        sites: The sites.
+        site: The site.
         max_tokens: Tokens of one batch.
 
     Returns:
-        `list[torch.Tensor]`: Per site δ, float32, shape (s, d).
+        `torch.Tensor`: δ, float32, shape (s, d).
     """
-    replay = Replay(model, above)
-    return [_find_target(model, model.get_submodule(top), replay, site, max_tokens) for site in sites]
-
-
-def _find_target(model: nn.Module, top: nn.Module, replay: Replay, site: Site, max_tokens: int) -> torch.Tensor:
+    layer, replay = model.get_submodule(top), Replay(model, above)
     rows = [Row(index, "", "", row.prompt_ids, row.completion_ids) for index, row in enumerate(site.rows)]
     batches = [_with_site(batch, site) for batch in make_batches(rows, max_tokens, input_device(model))]
     said, states = [], []
     with torch.no_grad():
         for batch in batches:
-            with replay(batch), _adding(top, batch, None) as seen:
+            with replay(batch), _adding(layer, batch, None) as seen:
                 said.append(_said(model, batch)[1])
             states.append(seen[0])
     scale = torch.cat(states).norm(dim=-1).mean()
@@ -81,7 +77,7 @@ def _find_target(model: nn.Module, top: nn.Module, replay: Replay, site: Site, m
         # a norm of zero has no gradient
         loss, entropy = (DECAY * delta.norm() / scale.square() if step else 0.0), 0.0
         for batch, before in zip(batches, said):
-            with torch.enable_grad(), replay(batch), _adding(top, batch, delta):
+            with torch.enable_grad(), replay(batch), _adding(layer, batch, delta):
                 logits, now = _said(model, batch)
                 expected = batch.expected[batch.expected >= 0].to(logits.device)
                 own = F.cross_entropy(logits, expected, reduction="sum") / len(rows)

@@ -63,8 +63,7 @@ def _batches_from(engine: Engine, rows: Sequence[Row], start: int) -> tuple[Batc
 @dataclass
 class Seen:
     """What the model said: predictions (S) at the completion tokens, with those of related rows behind them once
-    these were looked at, and by source the generated tokens of each row
-    (empty: nothing was generated)."""
+    these were looked at, and by source the generated tokens of each row (empty: nothing was generated)."""
 
     predictions: Predictions
     generated: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
