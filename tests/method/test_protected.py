@@ -10,11 +10,11 @@ from torch import nn
 from peft_star import RepairArguments, StarConfig, repair
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import encode_rows
-from peft_star.method import protected
+from peft_star.method import bystanders, protected
 from peft_star.method.background import background_text
 from peft_star.method.best import keeping_best
 from peft_star.method.objective import Goal, Task
-from peft_star.method.protected import REACH
+from peft_star.method.protected import LIMIT, RIDGE, Protection
 from peft_star.method.solve import protected_answer
 from peft_star.method.subject import HeldLayer
 from peft_star.models.structure import find_second_matrices
@@ -46,8 +46,9 @@ def tokenizer():
 def test_without_background_nothing_is_protected(tokenizer):
     located = dict.fromkeys(LAYERS[:2], torch.tensor([3, 5]))
     for background, protects in ((0, False), (100, True)):
-        with running(star(), tokenizer, background=background) as run:
-            layers, factors = protected.solve(run, located, None)
+        with running(star(), tokenizer, background=background, reach="prompt") as run:
+            layers, protection = protected.solve(run, located, None)
+        factors = protection.factors
         assert [layer.name for layer in layers] == LAYERS[:2]
         assert all(layer.neurons.tolist() == [3, 5] for layer in layers)
         assert [factor is not None for factor in factors] == [protects] * 2
@@ -83,16 +84,22 @@ def delta_of(model, name):
     return neurons, layer.star_delta["default"].detach()
 
 
+@pytest.mark.parametrize("reach", ["prompt", "problem"])
 @pytest.mark.parametrize(("background", "generalization"), [(0, 0.0), (150, 0.0), (0, 2.0), (150, 2.0)])
-def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(background, generalization, tiny_tokenizer):
-    """delta = P diag(c) T with nothing free but the strengths c, which are at least 0 and one for all layers."""
+def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(
+    background, generalization, reach, tiny_tokenizer
+):
+    """delta = P diag(c) T with nothing free but the strengths c, which are at least 0 and one for all layers.
+
+    With `reach="problem"` the ridge is larger, and the rows' other tokens are protected, too.
+    """
     sizes = {"vocab_size": len(tiny_tokenizer)}
     config = StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0)
     model = get_peft_model(decided(**sizes), config)
     failures = [{"prompt": "parse(", "completion": "xy"}, {"prompt": "open the", "completion": " d"}]
     ridge = 1e-3
     arguments = RepairArguments(
-        max_steps=1, ridge=ridge, background=background, generalization=generalization, **QUICK
+        max_steps=1, ridge=ridge, background=background, generalization=generalization, reach=reach, **QUICK
     )
     repair(model, tiny_tokenizer, failures, arguments)
     rows = encode_rows(failures, tiny_tokenizer)
@@ -101,15 +108,17 @@ def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(backgro
         neurons, delta = delta_of(model, name)
         v, gradients, semantics = references(decided(**sizes), rows, name)
         v = v[:, neurons]
+        beside = read_beside(decided(**sizes), rows, name)[:, neurons].double()
         protection = torch.eye(len(neurons), dtype=v.dtype)
         if background:
             shown = read_background(decided(**sizes), name, tiny_tokenizer, background)
-            protection = moment(shown[:, neurons].double())
+            others = [beside] if reach == "problem" else []
+            protection = moment(shown[:, neurons].double(), *others)
         targets = -(semantics / semantics.std(1, keepdim=True, correction=0)).abs() * gradients.sign()
         contexts = None
         if generalization:
             contexts = contexts_by_hand(decided(**sizes), rows, neurons)[name].double()
-        answer = answer_by_hand(v, protection, ridge, contexts, generalization)
+        answer = answer_by_hand(v, protection, RIDGE if reach == "problem" else ridge, contexts, generalization)
         # what a push of strength 1 of each failure makes of the delta
         pushes = [torch.outer(column, target).flatten() for column, target in zip(answer.T, targets)]
         left.append(torch.stack(pushes, 1))
@@ -117,7 +126,23 @@ def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(backgro
     left, right = torch.cat(left), torch.cat(right)
     strengths = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
     assert (left @ strengths - right).norm() < 1e-3 * right.norm()
-    assert (strengths > 0).all() and strengths.max() <= RepairArguments().learning_rate * REACH
+    assert (strengths > 0).all() and strengths.max() <= RepairArguments().learning_rate * LIMIT
+
+
+@torch.no_grad()
+def read_beside(base, rows, name):
+    """Activations (N, m) at the rows' tokens that are not in front of a wrong one."""
+    shown = []
+    for row in rows:
+        seen = []
+        handle = find_second_matrices(base)[name].register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0][0])
+        )
+        said = base(input_ids=torch.tensor([row.input_ids])).logits[0].argmax(-1)
+        handle.remove()
+        wrong = {p for p, token in zip(row.medium_positions, row.completion_ids) if said[p] != token}
+        shown.append(seen[0][[p for p in range(len(row.input_ids)) if p not in wrong]])
+    return torch.cat(shown)
 
 
 @torch.no_grad()
@@ -153,7 +178,9 @@ def scripted(states, monkeypatch, learning_rate=1.0):
         watching=lambda batches: goal,
     )
     run = SimpleNamespace(
-        args=RepairArguments(learning_rate=learning_rate, max_steps=len(states), ridge=1e-4, norm="max"),
+        args=RepairArguments(
+            learning_rate=learning_rate, max_steps=len(states), ridge=1e-4, norm="max", reach="prompt"
+        ),
         # tokens 0 and 1, whose semantic delta is 1 in both features
         subject=SimpleNamespace(
             decoder_of={"layer": "decoder layer"}, bases=lambda tokens: tokens.double()[:, None].expand(-1, 2)
@@ -164,7 +191,8 @@ def scripted(states, monkeypatch, learning_rate=1.0):
     monkeypatch.setattr(protected, "trace", lambda engine, batches, probe, **slots: traced)
     journal = SimpleNamespace(step=lambda step, solved, loss: steps.append(delta.detach().clone()))
     with keeping_best([delta], goal.task, before, journal) as best:
-        protected.patch(run, goal, [HeldLayer("layer", delta, torch.tensor([0]))], [None], traced, best)
+        layer = HeldLayer("layer", delta, torch.tensor([0]))
+        protected.patch(run, goal, [layer], Protection([None]), traced, best)
     return best.predictions, delta.detach(), steps
 
 
@@ -211,7 +239,7 @@ def test_the_learning_rate_bounds_the_pushes_of_a_step(learning_rate, monkeypatc
     """All of what is allowed is asked for here, and not more is given."""
     _, _, steps = scripted([(0, 0), (0, 0)], monkeypatch, learning_rate)
     targets = torch.ones(2, 2, dtype=torch.float64)
-    most = protected_answer(V, None, 1e-4) @ (learning_rate * REACH * targets)
+    most = protected_answer(V, None, 1e-4) @ (learning_rate * LIMIT * targets)
     torch.testing.assert_close(steps[0].double(), most, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(steps[1].double(), 2 * most, rtol=1e-4, atol=1e-7)
 
@@ -271,20 +299,6 @@ def test_retained_rows_that_break_are_watched_from_then_on(tokenizer, monkeypatc
         own, unwatched = own + broken, unwatched - broken
         assert set(watched[looks:following]) <= {own}
     assert own > 2 and unwatched > 0
-
-
-def test_retained_tokens_that_nothing_breaks_change_nothing(tokenizer):
-    """Looked at when all is solved, they cost neither a step nor a digit."""
-    arguments = RepairArguments(**QUICK)
-    plain, careful = star(), star()
-    repair(plain, tokenizer, ROWS, arguments)
-    rows = own_continuations(tokenizer, length=1)
-    fine = [row for row in rows if wrong_tokens(plain, tokenizer, [row]) == 0]
-    assert 3 < len(fine) < len(rows)
-    report = repair(careful, tokenizer, ROWS, arguments, retain=fine)
-    assert report.success
-    for name in LAYERS:
-        assert torch.equal(dense_delta(plain, name), dense_delta(careful, name))
 
 
 def test_a_retained_row_that_contradicts_a_failure_is_reported(tokenizer):
@@ -351,3 +365,73 @@ def test_half_precision_is_solved_saved_and_loaded(algorithm, dtype, tokenizer, 
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+# how far it reaches
+
+
+def words_lost(model, tokenizer, rows):
+    """Of the model's own words beside the failures the largest loss of probability, by plain forwards."""
+    lost = []
+    for row in encode_rows(rows, tokenizer):
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            with model.disable_adapter():
+                before = model(input_ids=ids).logits[0].softmax(-1)
+            now = model(input_ids=ids).logits[0].softmax(-1)
+        said = before.argmax(-1, keepdim=True)
+        failing = {p for p, token in zip(row.medium_positions, row.completion_ids) if said[p, 0] != token}
+        wrong = {int(said[p, 0]) for p in failing}
+        beside = [p for p in range(len(row.input_ids)) if p not in failing and int(said[p, 0]) not in wrong]
+        lost.append((before - now).gather(-1, said)[beside].max().item())
+    return max(lost)
+
+
+def deltas(model):
+    return [layer.star_delta["default"] for layer in model.modules() if "default" in getattr(layer, "star_delta", {})]
+
+
+def test_a_patch_for_the_problem_grows_by_the_largest_factor_that_disturbs_no_bystander(tokenizer, monkeypatch):
+    arguments = RepairArguments(**QUICK)
+    assert arguments.reach == "problem"
+    monkeypatch.setattr(protected, "GROWTH", ())
+    plain = star()
+    assert repair(plain, tokenizer, ROWS, arguments).success
+    start = [delta.detach().clone() for delta in deltas(plain)]
+    lost = {}
+    for factor in (1.2, 1.3, 1.5, 2.0, 3.0):
+        with torch.no_grad():
+            for delta, origin in zip(deltas(plain), start):
+                delta.copy_(factor * origin)
+        lost[factor] = words_lost(plain, tokenizer, ROWS)
+    assert lost[1.2] < lost[1.3] < lost[1.5] < lost[2.0] < lost[3.0]
+    monkeypatch.setattr(protected, "GROWTH", tuple(lost))
+    # the last would do with three times the patch, but that breaks tokens of the rows
+    for limit, factor in (lost[1.2] / 2, 1.0), (lost[1.3] + 1e-3, 1.3), ((lost[1.5] + lost[2.0]) / 2, 1.5), (1.0, 1.0):
+        monkeypatch.setattr(bystanders, "LOSS", limit)
+        model = star()
+        assert repair(model, tokenizer, ROWS, arguments).success
+        for delta, origin in zip(deltas(model), start):
+            torch.testing.assert_close(delta.detach(), factor * origin, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", ["prompt", "problem"])
+def test_at_retained_tokens_the_neurons_answer_less(reach, tokenizer):
+    """Also where nothing would have broken: they are part of the solve."""
+    arguments = RepairArguments(reach=reach, **QUICK)
+    plain, careful = star(), star()
+    repair(plain, tokenizer, ROWS, arguments)
+    retained = [row for row in own_continuations(tokenizer, length=1) if not wrong_tokens(plain, tokenizer, [row])][:5]
+    assert repair(careful, tokenizer, ROWS, arguments, retain=retained).success
+    moved = []
+    for model in (plain, careful):
+        total = 0.0
+        for row in encode_rows(retained, tokenizer):
+            ids = torch.tensor([row.input_ids])
+            with torch.no_grad():
+                with model.disable_adapter():
+                    before = model(input_ids=ids).logits[0].log_softmax(-1)
+                now = model(input_ids=ids).logits[0].log_softmax(-1)
+            total += float((before.exp() * (before - now)).sum(-1).mean())
+        moved.append(total)
+    assert moved[1] < moved[0]

@@ -16,9 +16,9 @@ def protected_problem(n, k, d, seed=0, background=30):
     return v, b, torch.randn(n, d, generator=generator, dtype=torch.float64)
 
 
-def moment(background):
-    """C + ε I, as the documentation says."""
-    c = sum(torch.outer(row, row) for row in background) / len(background)
+def moment(*groups):
+    """C + ε I, as the documentation says, with C the sum over groups of what is protected."""
+    c = sum(torch.outer(row, row) / len(group) for group in groups for row in group)
     return c + FLOOR * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
 
 

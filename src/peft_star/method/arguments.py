@@ -11,6 +11,7 @@ MODES = ("multiple", "single")
 ALGORITHMS = ("protected", "prior-guided")
 NORMS = ("std", "rms", "max", "l2")
 OCCLUSIONS = ("first-order", "exact")
+REACHES = ("problem", "prompt")
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -48,6 +49,10 @@ class RepairArguments:
         algorithm (`str`): `"protected"` pushes each failure as strongly as it needs, found by forward passes, through
             neurons' combinations that tell it from background text; `"prior-guided"` is the paper's Algorithm 1 with
             its fixed steps.
+        reach (`str`): How far a repair by `"protected"` reaches. `"problem"` also aims at other contexts in which the
+            model would fail in this way: rows share a push as far as their neurons' activations agree, what these
+            neurons do at the rows' other tokens is protected, and once all is solved the pushes grow as far as the
+            model's words in the rows stay as they were. `"prompt"` repairs these rows and little else.
         generalization (`float`): With `"protected"`, how much the neurons' activations at a failure are averaged with
             those in the contexts before it in which the expected token is plausible. 0 repairs this failure and little
             else; with 5, say, related failures move further, and so does other text.
@@ -58,7 +63,8 @@ class RepairArguments:
         norm (`str`): The `norm` of equation 1, per vector: `"std"` (unit standard deviation), `"rms"` (the root mean
             square of the hidden state that the patched layer hands on: a step moves a representation by the same share
             in every layer and model), `"max"` (largest entry 1) or `"l2"` (unit length).
-        ridge (`float`): Ridge of the least squares (equation 2), relative to the mean of the system's diagonal.
+        ridge (`float`): Ridge of the least squares (equation 2), relative to the mean of the system's diagonal. With
+            `reach="problem"` the first steps have a larger one.
         margin (`float`): A token counts as solved when its probability exceeds that of every other token by more than
             this; a little above 0 keeps it solved under the rounding of other batch shapes.
         occlusion (`str`): How a layer's importance is measured: `"first-order"` reads it off the trace,
@@ -97,6 +103,15 @@ class RepairArguments:
             "help": (
                 "protected: push each failure as strongly as it needs and protect background text; prior-guided: the "
                 "paper's Algorithm 1."
+            )
+        },
+    )
+    reach: str = field(
+        default="problem",
+        metadata={
+            "help": (
+                "problem: also aim at other contexts in which the model would fail in this way; prompt: repair these "
+                "rows and little else."
             )
         },
     )
@@ -168,6 +183,7 @@ class RepairArguments:
             raise ValueError(f"`background` is {self.background!r}; give a number of tokens, or 0 for no protection.")
         _choice("mode", self.mode, MODES)
         _choice("algorithm", self.algorithm, ALGORITHMS)
+        _choice("reach", self.reach, REACHES)
         _choice("norm", self.norm, NORMS)
         _choice("occlusion", self.occlusion, OCCLUSIONS)
 

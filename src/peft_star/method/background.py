@@ -70,11 +70,13 @@ def background_activations(
     return {name: known[(name, *key)] for name in ffns if (name, *key) in known}
 
 
-def moment_factor(activations: torch.Tensor, team: Team = ALONE) -> torch.Tensor:
-    """Lower Cholesky factor L (k, k), float64, of C + ε I = L Lᵀ, with C the second moment of activations (N, k), of
-    which this process holds its part."""
-    b = activations.double()
-    moment = team.sum(b.T @ b) / team.total(len(b))
+def moment_factor(*groups: torch.Tensor, team: Team = ALONE) -> torch.Tensor:
+    """Lower Cholesky factor L (k, k), float64, of C + ε I = L Lᵀ, with C the sum of the second moments of some groups
+    of activations (N, k), of each of which this process holds its part; N may be 0."""
+    moment = 0.0
+    for group in groups:
+        b = group.double()
+        moment = moment + team.sum(b.T @ b) / max(1, team.total(len(b)))
     moment.diagonal().add_(floor_of(moment.diagonal().mean()))
     return torch.linalg.cholesky(moment)
 

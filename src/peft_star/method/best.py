@@ -33,11 +33,15 @@ class Best:
 
     def offer(self, step: int, here: Predictions, loss: float) -> None:
         """A step is finished: keep its state if it is the best one, or if it is all that was wanted."""
+        self.keep(here)
+        self.journal.step(step, self.task.num_solved(here), loss)
+
+    def keep(self, here: Predictions) -> None:
+        """Keep the deltas as they are if that is the best state so far, or all that was wanted."""
         score = self.task.score(here)
         if self.score is None or score > self.score or self.task.done(here):
             self.score, self.predictions = score, here
             self.kept = [delta.detach().clone() for delta in self.deltas]
-        self.journal.step(step, self.task.num_solved(here), loss)
 
 
 @contextmanager

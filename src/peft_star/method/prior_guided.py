@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..engine.batch import Batch
 from .best import Best
 from .objective import Goal, differentiate
 from .semantics import traced_semantics
@@ -121,12 +122,13 @@ class PriorGuidedSGD(torch.optim.Optimizer):
 
 
 def solve(
-    run: Run, located: dict[str, torch.Tensor], traced: Trace
+    run: Run, located: dict[str, torch.Tensor], traced: Trace, kept: Sequence[Batch] = ()
 ) -> tuple[list[HeldLayer], list[torch.Tensor] | None]:
     """The located neurons in the adapter with their priors W_Δ as `star_prior`, and the first step's gradients
     ∂L/∂delta (k, d) by layer, out of the trace; None when it did not keep what they need.
 
-    Neurons of earlier repairs, which the adapter also holds, get priors of zero: they stay as they are.
+    Neurons of earlier repairs, which the adapter also holds, get priors of zero: they stay as they are. `kept` is not
+    read: Algorithm 1 protects nothing.
     """
     with run.journal.phase("solve", len(located)):
         layers = run.subject.hold(located)

@@ -21,10 +21,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.predictions import Predictions
 from .background import WINDOW, background_activations, moment_factor
 from .best import Best
+from .bystanders import Bystanders
 from .objective import Goal
 from .semantics import traced_semantics
 from .solve import protected_answer
@@ -32,9 +34,14 @@ from .strengths import search_strengths
 from .subject import HeldLayer, Run
 from .trace import Trace, trace
 
-# a search goes up to this many times the learning rate; at the default, a push then adds to a hidden state what has
+# the strengths' search goes up to this many times the learning rate; at the default, a push then adds to a hidden state what has
 # the semantic delta's own norm
-REACH = 100
+LIMIT = 100
+# with `reach="problem"`: the ridge of the first steps, relative: so large that each failure is pushed by what all of
+# them have in common, too, and how many steps; what is left then is pushed for itself
+RIDGE, SHARED_STEPS = 10.0, 2
+# by which factors a finished patch grows as long as nobody beside the failures is disturbed
+GROWTH = (1.25, 1.6, 2.0, 2.5, 3.0)
 
 
 @dataclass
@@ -52,42 +59,73 @@ class Push:
         self.delta.copy_(self.origin + change.to(self.origin.dtype))
 
 
-def solve(run: Run, located: dict[str, torch.Tensor], traced: Trace) -> tuple[list[HeldLayer], list]:
-    """The located neurons in the adapter, and what they do on background text: per layer [`moment_factor`] (k, k), or
-    None where nothing is protected."""
+@dataclass(frozen=True)
+class Protection:
+    """What the pushes are to leave alone.
+
+    Attributes:
+        factors: Per layer [`moment_factor`] (k, k), or None where nothing is protected.
+        bystanders: What is said beside the failures, where it limits how far a repair reaches.
+    """
+
+    factors: Sequence[torch.Tensor | None]
+    bystanders: Bystanders | None = None
+
+
+def solve(
+    run: Run, located: dict[str, torch.Tensor], traced: Trace, kept: Sequence[Batch] = ()
+) -> tuple[list[HeldLayer], Protection]:
+    """The located neurons in the adapter, and what they do where they are to answer to nothing: on background text, in
+    the rows that are `kept`, and with `reach="problem"` beside the failures."""
     tokens, team = run.args.background, run.engine.team
     with run.journal.phase("solve", -(-tokens // WINDOW)):
         layers = run.subject.hold(located)
+        neurons = {layer.name: layer.neurons for layer in layers}
+        bystanders = None
+        if run.args.reach == "problem":
+            said, failing = traced.predictions, traced.medium
+            wrong = said.argmax[failing[~said.right[failing]]]
+            bystanders = Bystanders.of(run.engine, traced.batches, failing, neurons, wrong)
         if not tokens:
-            return layers, [None] * len(layers)
+            return layers, Protection([None] * len(layers), bystanders)
         ffns = run.probe(located).ffns
         shown = background_activations(run.engine, run.subject.tokenizer, ffns, tokens, run.journal.advance)
+        beside = [bystanders] if bystanders else []
+        if kept:
+            beside.append(Bystanders.of(run.engine, kept, traced.medium, neurons))
         factors = []
         for layer in layers:
             if layer.name in shown:
                 activations = shown[layer.name].index_select(1, layer.neurons.to(shown[layer.name].device))
             else:  # other processes read the background
                 activations = torch.zeros(0, len(layer.neurons), device=layer.neurons.device)
-            factors.append(moment_factor(activations, team))
-    return layers, factors
+            others = (found.activations[layer.name].to(activations.device) for found in beside)
+            factors.append(moment_factor(activations, *others, team=team))
+    return layers, Protection(factors, bystanders)
 
 
-def patch(run: Run, goal: Goal, layers: Sequence[HeldLayer], factors: Sequence, traced: Trace, best: Best) -> None:
+def patch(
+    run: Run, goal: Goal, layers: Sequence[HeldLayer], protection: Protection, traced: Trace, best: Best
+) -> None:
     """Push the failures until the task is fulfilled, or `max_steps` gradients are used up.
 
     Each step pushes the failures, and the tokens that broke on the way, along their gradients' signs; its strengths
-    are searched up to `learning_rate * REACH`. Retained rows are looked at when all seems done; those that broke are
+    are searched up to `learning_rate * LIMIT`. Retained rows are looked at when all seems done; those that broke are
     watched from then on.
     """
+    origins = [layer.delta.detach().clone() for layer in layers]
     for step in range(1, run.args.max_steps + 1):
-        pushes, descent = make_pushes(run, layers, factors, traced)
+        ridge = run.args.ridge
+        if run.args.reach == "problem" and step <= SHARED_STEPS:
+            ridge = max(ridge, RIDGE)
+        pushes, descent = make_pushes(run, layers, protection.factors, traced, ridge)
         strengths, here, loss = search_strengths(
             partial(_look, run.engine, goal, pushes),
             traced.predictions,
             goal.task,
             traced.medium,
             descent,
-            run.args.learning_rate * REACH,
+            run.args.learning_rate * LIMIT,
         )
         for push in pushes:
             push(strengths)
@@ -95,11 +133,49 @@ def patch(run: Run, goal: Goal, layers: Sequence[HeldLayer], factors: Sequence, 
             here, broken = goal.look_at_the_rest(run.engine, here)
             goal = goal.watching(broken)
         best.offer(step, here, loss)
-        if goal.task.done(here) or step == run.args.max_steps:
+        if goal.task.done(here):
+            if protection.bystanders is not None:
+                reach_out(run, goal, layers, origins, protection.bystanders, best)
+            return
+        if step == run.args.max_steps:
             return
         at_stake = goal.task.at_stake(here).nonzero()[:, 0]
         names = [layer.name for layer in layers]
         traced = trace(run.engine, goal.batches, run.probe(names), at=at_stake, start=goal.before)
+
+
+@torch.no_grad()
+def reach_out(
+    run: Run,
+    goal: Goal,
+    layers: Sequence[HeldLayer],
+    origins: Sequence[torch.Tensor],
+    bystanders: Bystanders,
+    best: Best,
+) -> None:
+    """Let a patch that does its task grow by a factor, the largest of `GROWTH` that disturbs no bystander.
+
+    In other contexts the neurons answer less than in the rows themselves, so a patch that just solves these does
+    nothing there.
+    """
+    changes = [layer.delta.detach() - origin for layer, origin in zip(layers, origins)]
+
+    def grow(factor: float) -> None:
+        for layer, origin, change in zip(layers, origins, changes):
+            layer.delta.copy_(origin + factor * change)
+
+    largest = None
+    for factor in GROWTH:
+        grow(factor)
+        if not bystanders.undisturbed(run.engine):
+            break
+        largest = factor
+    if largest is not None:
+        grow(largest)
+        here, _ = goal.look(run.engine)
+        here, _ = goal.look_at_the_rest(run.engine, here)
+        if goal.task.done(here):
+            best.keep(here)
 
 
 def _look(engine: Engine, goal: Goal, pushes: Sequence[Push], strengths: torch.Tensor) -> tuple[Predictions, float]:
@@ -109,7 +185,7 @@ def _look(engine: Engine, goal: Goal, pushes: Sequence[Push], strengths: torch.T
 
 
 def make_pushes(
-    run: Run, layers: Sequence[HeldLayer], factors: Sequence, traced: Trace
+    run: Run, layers: Sequence[HeldLayer], factors: Sequence, traced: Trace, ridge: float
 ) -> tuple[list[Push], torch.Tensor]:
     """Every layer's push at the deltas as they are, and the slope (n) of each token's cross entropy, positive."""
     pushes, descent = [], torch.zeros(len(traced.medium))
@@ -122,7 +198,7 @@ def make_pushes(
         contexts = None
         if args.generalization > 0:
             contexts = traced.contexts(layer.name, layer.neurons).to(gradient.device)
-        answer = protected_answer(activations, factor, args.ridge, contexts, args.generalization)
+        answer = protected_answer(activations, factor, ridge, contexts, args.generalization)
         pushes.append(Push(layer.delta, layer.delta.detach().clone(), answer, targets))
         descent -= (gradient * targets).sum(dim=1).float().cpu()
     return pushes, descent

@@ -222,7 +222,7 @@ def patch_traced(run: Run, goal: Goal, traced: Trace) -> Predictions:
     """
     journal, algorithm = run.journal, ALGORITHMS[run.args.algorithm]
     located = locate(run, traced)
-    layers, solved = algorithm.solve(run, located, traced)
+    layers, solved = algorithm.solve(run, located, traced, goal.unwatched)
     # of this goal's failures a push at the focus may have solved some
     journal.solved_before = journal.state.num_solved - goal.task.num_solved(traced.predictions)
     deltas = [layer.delta for layer in layers]
