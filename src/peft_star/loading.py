@@ -11,10 +11,12 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .models.structure import neuron_shape
+from .models.names import own_keys
+from .models.structure import find_second_matrices, neuron_shape
 from .sharing.download import find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
 from .sharing.patch_files import (
     CONFIG_NAME,
@@ -247,10 +249,17 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 def check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) -> None:
-    """Compare the patch's tensors with the model's layers, before anything of the model is touched."""
+    """Compare the patch's tensors with the model's layers, before anything of the model is touched.
+
+    Raises:
+        ValueError: One sentence: the patch is none or damaged, does not fit, or lacks what its configuration names.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = dict(base.named_modules())
     patch = Patch.read(directory)
+    for module in _named_modules(base, directory, name):
+        if module not in patch.neurons:
+            raise ValueError(f"{name} is damaged: it holds nothing of {module}, which its configuration names.")
     for module, neurons in patch.neurons.items():
         layer = layers.get(module)
         if layer is None:
@@ -269,3 +278,16 @@ def check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) ->
                 f"{name} does not fit this model: {module} has {inputs} neurons here, and the patch names neuron "
                 f"{largest}."
             )
+
+
+def _named_modules(base: PreTrainedModel, directory: Path, name: str) -> list[str]:
+    """The modules of a model that a patch's configuration names, which are those that PEFT would patch."""
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(f"{name} is damaged: its configuration cannot be used: {first_sentence(error)}") from error
+    if config.target_modules is None:
+        return list(find_second_matrices(base)) if config.layers_to_transform is None else []
+    if config.target_modules == "all-linear":
+        return []  # no repair writes it, and PEFT reports what is missing
+    return [key for key in own_keys(base) if check_target_module_exists(config, key) is True]
