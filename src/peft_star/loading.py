@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .files import recover
 from .models.names import own_keys
 from .models.structure import find_second_matrices, neuron_shape
 from .sharing.download import find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
@@ -85,6 +86,8 @@ def load_model(
     torch_dtype = _dtype(dtype)
     kwargs = {"dtype": torch_dtype, "device_map": device_map}
     path = Path(model).expanduser()
+    if not path.exists():
+        recover(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(f"{model} is no .gguf file; a model is a directory, a .gguf file or a Hub id.")

@@ -87,7 +87,7 @@ def run_demo(output: Path, *, overwrite: bool = False, as_json: bool = False) ->
     console.print(table)
 
     console.rule("4. The patch, saved, and loaded on a fresh copy of the model", align="left")
-    size = save_patch(model, report, output, "peft-star demo")
+    size = save_patch(model, report, output, "peft-star demo", overwrite=overwrite)
     console.print(f"Saved to {escape(str(output))}: {format_size(size)}.", soft_wrap=True)
     del model, base
     with status(f"Loading {MODEL_NAME} again, and the patch", as_json), quiet():

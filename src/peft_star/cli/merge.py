@@ -53,7 +53,7 @@ def merge(
     for number, patch in enumerate(found):
         patched = load_patch(base, patch.directory, f"patch{number}")
         base = patched.merge_and_unload(safe_merge=True)
-    with status("Saving", as_json), new_directory(output) as temporary, quiet():
+    with status("Saving", as_json), new_directory(output, overwrite) as temporary, quiet():
         base.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     size = bytes_of(output)

@@ -127,7 +127,7 @@ def repair(
     words += ARGUMENTS.words(arguments)
     words += ["--dtype", dtype] if dtype != DTYPE else []
     words += ["--revision", revision] if revision else []
-    size = save_patch(patched, report, output, shlex.join(words))
+    size = save_patch(patched, report, output, shlex.join(words), overwrite=overwrite)
 
     result = {**report.to_dict(), "patch": str(output), "bytes": size, "pushed_to": None}
     if not as_json:
