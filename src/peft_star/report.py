@@ -49,7 +49,8 @@ class RowRecord:
 
     `source` is "failures", "retain" or "related"; `problem` is the problem that the row names. `exact_*`: every
     completion token right teacher-forced. `generated_*`: the text of greedy generation, and `generation_exact_*`
-    whether it equals the completion (None when not generated).
+    whether it equals the completion (None when not generated). `goes_on`: what the model says next, after a completion
+    of the failures that it generates right now and that says nothing of where it ends (None: not looked at).
     """
 
     source: str
@@ -66,6 +67,7 @@ class RowRecord:
     generation_exact_before: bool | None = None
     generation_exact_after: bool | None = None
     problem: str | None = None
+    goes_on: str | None = None
 
     @property
     def was_right(self) -> bool:
@@ -338,6 +340,11 @@ class RepairReport:
                 )
             if len(self.failures) > max_rows:
                 lines.append(f"| … | {len(self.failures) - max_rows} more | | | | |")
+            lines.append("")
+        going_on = [row for row in self.rows if row.goes_on is not None]
+        if going_on:
+            lines += ["| row | completion | the model goes on with |", "| --- | --- | --- |"]
+            lines += [f"| {row.row} | {code(row.completion)} | {code(row.goes_on)} |" for row in going_on[:max_rows]]
             lines.append("")
         if self.tells_problems:
             heads = ("problem", *PROBLEM_COLUMNS)

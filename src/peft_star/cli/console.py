@@ -131,6 +131,14 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
             console.print(f"... and {len(report.failures) - SHOWN_ROWS} more, in the report.")
     else:
         console.print("No failing token: the model already says all of this.")
+    going_on = [row for row in report.rows if row.goes_on is not None]
+    if going_on:
+        table = Table("row", "completion", "goes on with", title="Behind the completions", title_justify="left")
+        for row in going_on[:SHOWN_ROWS]:
+            table.add_row(str(row.row), visible(row.completion), visible(row.goes_on))
+        console.print(table)
+        if len(going_on) > SHOWN_ROWS:
+            console.print(f"... and {len(going_on) - SHOWN_ROWS} more, in the report.")
     if report.tells_problems:
         table = Table("problem", *PROBLEM_COLUMNS, title="Problems", title_justify="left")
         for problem in report.problems[:SHOWN_ROWS]:
