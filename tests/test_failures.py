@@ -285,6 +285,13 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
         ({"prompt": "a", "completion": "b", "focus": {"a": 1}}, "'focus' is .*; it must be a piece"),
         ({"prompt": "a", "completion": "b", "problem": 3}, "'problem' is int; it must be text"),
         ({"prompt": "a", "completion": "b", "problem": " "}, "'problem' is empty; give a name"),
+        ({"prompt": "a", "completion": "b\udfff"}, r"'completion' holds \\udfff, half of a character"),
+        ({"prompt": "a", "completion": "b", "focus": ["a", "\ud800"]}, r"'focus' holds \\ud800"),
+        ({"prompt": "a", "completion": "b", "problem": "\ud800"}, r"'problem' holds \\ud800"),
+        (
+            {"prompt": [{"role": "user", "content": "\ud800"}], "completion": [{"role": "a", "content": "b"}]},
+            r"'prompt' holds \\ud800",
+        ),
         ({"prompt": "a", "completion": "b", "end": "yes"}, "'end' is 'yes'; it must be true or false"),
         ({"prompt": "a", "completion": "b", "end": 1}, "'end' is 1; it must be true or false"),
     ],
@@ -315,6 +322,9 @@ def test_reading_files(tmp_path):
     [
         (b'{"prompt": "a", "completion": "b"}\n{"prompt": ', "line 2: not JSON"),
         (b'{"prompt": "a", "completion": "b"}\n[1]', "line 2: found list"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b', "completion": "b"}', "line 1: not JSON .*too deep"),
+        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "line 1: not JSON"),
+        (b'{"prompt": "a\\ud800", "completion": "b"}', r"line 1: 'prompt' holds \\ud800, half of a character"),
         (b"", "holds no rows"),
         (b"\n \n", "holds no rows"),
         (b"\xff\xfe\x00", "not UTF-8"),

@@ -300,6 +300,28 @@ def test_a_weight_of_the_base_is_refused(tmp_path: Path, old: bool) -> None:
     assert weight.any()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"peft_type": "STAR", "in_features": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "damaged: it is nested too deep",
+        ),
+        ('{"peft_type": "STAR", "num_neurons": ' + "9" * 5000 + "}", "adapter_config.json is damaged"),
+        ('{"peft_type": "STAR", "modules_to_save": [null]}', "`modules_to_save` is no list of names"),
+        ('{"peft_type": "STAR", "modules_to_save": 3}', "`modules_to_save` is no list of names"),
+        ('{"peft_type": "STAR", "target_modules": "(a+)+$"}', "may take forever"),
+        ('{"peft_type": "STAR", "exclude_modules": "(", "target_modules": ["down_proj"]}', "no regular expression"),
+    ],
+)
+def test_hostile_configurations(tmp_path: Path, text: str, message: str) -> None:
+    patch = make_patch(tmp_path / "patch")
+    (patch / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_patch(build_model(), patch)
+    assert "\n" not in str(raised.value)
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     patch = make_patch(tmp_path / "patch")
     config = (patch / "adapter_config.json").read_text()

@@ -10,12 +10,13 @@ section 2.1 and 3.2); that is one failure.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .files import parse_json
 
 COLUMNS = ("prompt", "completion")
 OPTIONAL = ("focus", "problem", "end")
@@ -74,9 +75,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); write one object a line.") from None
+            row = parse_json(line)
+        except ValueError as error:
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{path}, line {number}: not JSON ({reason}); write one object a line.") from None
         validate_row(row, f"{path}, line {number}")
         rows.append(row)
     if not rows:
@@ -113,6 +115,24 @@ def _spans(row: dict[str, Any]) -> list[str]:
     """The spans of a valid row's `focus`; a missing value of a data set is None."""
     focus = row.get("focus")
     return [] if focus is None else [focus] if isinstance(focus, str) else list(focus)
+
+
+def _check_text(value: Any, what: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can hold and no tokenizer takes, in texts, messages and lists."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            bad = f"\\u{ord(value[error.start]):04x}"
+            raise ValueError(
+                f"{what} holds {bad}, half of a character; write the whole one or leave it out."
+            ) from None
+    elif isinstance(value, dict):
+        for item in value.values():
+            _check_text(item, what)
+    elif _is_chat(value):
+        for item in value:
+            _check_text(item, what)
 
 
 def _check_optional(row: dict[str, Any], where: str) -> None:
@@ -158,6 +178,8 @@ def validate_row(row: Any, where: str) -> None:
     if unknown:
         raise ValueError(f"{where}: unknown column {', '.join(map(repr, unknown))}; remove it or rename it.")
     prompt, completion = row["prompt"], row["completion"]
+    for column, value in row.items():
+        _check_text(value, f"{where}: '{column}'")
     _check_optional(row, where)
     if _is_chat(prompt) != _is_chat(completion):
         raise ValueError(f"{where}: 'prompt' and 'completion' must both be text or both be lists of chat messages.")

@@ -174,6 +174,23 @@ def _apply_umask(directory: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text of unknown origin says.
+
+    Raises:
+        ValueError: It is no JSON, or cannot be read; one line.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of unknown origin says; errors are those of [`parse_json`]."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: str | os.PathLike, content: Any, **style: Any) -> None:
     """Write JSON to a temporary file that then takes the place of `path`.
 

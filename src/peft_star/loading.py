@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .files import recover
+from .files import read_json, recover
 from .models.names import own_keys
 from .models.structure import find_second_matrices, neuron_shape
 from .sharing.download import find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
@@ -162,7 +161,7 @@ def _check_model_dir(path: Path) -> None:
     if (path / CONFIG_NAME).is_file():
         base = None
         try:
-            base = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = read_json(path / CONFIG_NAME).get("base_model_name_or_path")
         except (ValueError, AttributeError):
             pass  # the sentence is right without the name
         hint = f" Its base model is {base}." if base else ""

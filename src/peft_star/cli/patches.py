@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict
-from rich.markup import escape
 
 from ..files import KeptElsewhere, bytes_of, new_directory
 from ..loading import REPORT_NAME, check_fit, find_patch, read_patch_config
@@ -23,7 +22,7 @@ from ..sharing.download import first_sentence
 from ..sharing.hub import push
 from ..sharing.patch_files import write_adapter
 from .app import EXIT_INTERRUPTED, fail
-from .console import quiet, status, stderr_console
+from .console import escape, quiet, status, stderr_console
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..files import check_output, write_json
+from ..files import check_output, read_json, write_json
 from ..models.names import PEFT_PREFIX, plain_name
 
 CONFIG_NAME = "adapter_config.json"
@@ -105,12 +105,15 @@ def read_patch_config(directory: Path) -> dict[str, Any]:
         is_model = (directory / "config.json").is_file()
         raise ValueError(f"{directory} holds {'a model' if is_model else 'no patch'}: it has no {CONFIG_NAME}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type != "STAR":
         raise ValueError(f"{directory} holds an adapter of type {peft_type}, not a STAR patch.")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(map(is_module_name, saved))):
+        raise ValueError(f"{path} is damaged: its `modules_to_save` is no list of names of modules.")
     return config
 
 
@@ -174,6 +177,11 @@ def foreign_tensors(names: Iterable[str], modules_to_save: Iterable[str] | None)
     name."""
     saved = tuple(modules_to_save or ())
     return [name for name in names if not saved or not any(owner.endswith(saved) for owner in _owners(name))]
+
+
+def is_module_name(name: Any) -> bool:
+    """Whether a value of a configuration can be the name of a module, or the end of one."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) is not None
 
 
 def is_own(name: str) -> bool:

@@ -13,8 +13,17 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..models.names import check_pattern
 from ..sharing.lora import patch_to_lora
-from ..sharing.patch_files import LORA_DIR, WEIGHTS_NAME, checksum, foreign_tensors, is_own, read_tensors
+from ..sharing.patch_files import (
+    LORA_DIR,
+    WEIGHTS_NAME,
+    checksum,
+    foreign_tensors,
+    is_module_name,
+    is_own,
+    read_tensors,
+)
 
 LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
@@ -281,6 +290,7 @@ class StarConfig(PeftConfig):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"`{name}` should be a string, got {getattr(self, name)!r}.")
         self._check_modules_to_save()
+        self._check_patterns()
 
     def _check_layers_to_transform(self) -> None:
         if isinstance(self.layers_to_transform, (list, tuple, set)):
@@ -299,9 +309,21 @@ class StarConfig(PeftConfig):
         names = self.modules_to_save
         if names is None:
             return
-        # PEFT compares ends of names, of which "" is one of all
-        if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) and name for name in names):
+        # PEFT compares ends of names, of which "" is one of all, and makes parts of patterns of them
+        if not isinstance(names, (list, tuple, set)) or not all(is_module_name(name) for name in names):
             raise TypeError(f"`modules_to_save` should be a list of names of modules, got {names!r}.")
+
+    def _check_patterns(self) -> None:
+        patterns = self.layers_pattern if isinstance(self.layers_pattern, (list, tuple)) else [self.layers_pattern]
+        for name, values in (
+            ("target_modules", [self.target_modules]),
+            ("exclude_modules", [self.exclude_modules]),
+            # PEFT puts as much around it
+            ("layers_pattern", [rf".*?\.{value}\.\d+\." if isinstance(value, str) else value for value in patterns]),
+        ):
+            for value in values:
+                if isinstance(value, str):
+                    check_pattern(value, name)
 
     def _check_layer_selection(self) -> None:
         if isinstance(self.layer_selection, str):
