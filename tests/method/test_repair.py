@@ -20,6 +20,7 @@ from peft_star import (
     prepare,
     repair,
 )
+from peft_star.method import verify
 from peft_star.method.objective import Goal
 from support.tiny_models import VOCAB
 from support.words import (
@@ -139,6 +140,12 @@ def test_the_report_shows_what_the_model_goes_on_to_say(tokenizer):
     assert report.success and len(report.rows[0].goes_on.split()) == 1
     report = repair(star(), tokenizer, ROWS, RepairArguments(**{**QUIET, "max_steps": 1, "learning_rate": 1e-9}))
     assert not report.success and [row.goes_on for row in report.rows] == [None, None]
+
+
+def test_what_follows_is_looked_at_for_as_many_rows_as_a_report_shows(tokenizer, monkeypatch):
+    monkeypatch.setattr(verify, "MOST_BEHIND", 1)
+    report = repair(star(), tokenizer, ROWS, RepairArguments(**QUIET))
+    assert report.success and [row.goes_on is None for row in report.rows] == [False, True]
 
 
 def test_a_second_repair_builds_on_the_first(tokenizer):

@@ -15,6 +15,7 @@ from .subject import Run
 from .trace import Trace, trace
 
 BEHIND = 16  # tokens behind a completion that are shown of what the model goes on to say
+MOST_BEHIND = 50  # rows of which that is looked at, as many as a report shows
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,10 @@ def generate_all(run: Run, case: Case) -> dict[str, list[tuple[int, ...]]]:
 
 
 def look_behind(run: Run, rows: Sequence[Row], generated: Sequence[tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
-    """What the model goes on to say behind the completions that it generates right, up to `BEHIND` tokens, by row.
+    """What the model goes on to say behind completions that it generates right, up to `BEHIND` tokens, by row.
 
-    Rows that say where their completion ends are right only when the model stops there.
+    Only the first `MOST_BEHIND` are looked at. Rows that say where their completion ends are right only when the model
+    stops there.
     """
     limit = context_length(run.subject.base)
     longer = []
@@ -146,6 +148,7 @@ def look_behind(run: Run, rows: Sequence[Row], generated: Sequence[tuple[int, ..
         if tokens == row.completion_ids and not row.ended and room > 0:
             # of a row's completion generation reads only how long it is
             longer.append(replace(row, prompt_ids=row.input_ids, completion_ids=(0,) * room))
+    longer = longer[:MOST_BEHIND]
     if not longer:
         return {}
     return dict(zip((row.index for row in longer), generate(run.engine, run.subject.tokenizer, longer)))
