@@ -615,6 +615,17 @@ def test_a_patch_cannot_bring_a_weight_of_the_base(patch, kind, checksum, load):
     assert len(now) == len(before) and all(map(torch.equal, now, before.values()))
 
 
+@pytest.mark.parametrize("load", ["peft", "transformers"])
+def test_a_module_to_save_does_not_bring_the_weight_of_the_base_that_it_stands_for(tmp_path, load):
+    star(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    tampered(str(tmp_path), _set("base_model.model.lm_head.original_module.weight", torch.zeros(64, HEIGHT)))
+    base = tiny_llama()
+    weight = base.lm_head.weight
+    with pytest.raises(ValueError, match="lm_head.original_module.weight, which its configuration does not name"):
+        PeftModel.from_pretrained(base, tmp_path) if load == "peft" else base.load_adapter(str(tmp_path))
+    assert weight.any()
+
+
 @pytest.mark.parametrize("saved", [[], ["embed_tokens"]])
 def test_embeddings_come_along_only_by_name(tmp_path, saved):
     model = star(modules_to_save=saved or None)

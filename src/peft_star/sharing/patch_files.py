@@ -26,6 +26,7 @@ LORA_DIR = "lora"
 
 INDEX_DTYPE = torch.int32
 NEURONS, DELTA = "star_neurons", "star_delta"
+BASE_PARTS = {"original_module", "base_layer"}
 CHECKSUM = "tensors_sha256"  # where the configuration keeps what `checksum` says
 
 
@@ -176,7 +177,13 @@ def foreign_tensors(names: Iterable[str], modules_to_save: Iterable[str] | None)
     """Those of the tensors that lie in no module that PEFT takes for one of `modules_to_save`: by the end of its
     name."""
     saved = tuple(modules_to_save or ())
-    return [name for name in names if not saved or not any(owner.endswith(saved) for owner in _owners(name))]
+    return [name for name in names if not saved or not _lies_in(name, saved)]
+
+
+def _lies_in(name: str, saved: tuple[str, ...]) -> bool:
+    # beside a module that is saved PEFT keeps the base model's, by a name of its own
+    of_base = not BASE_PARTS.isdisjoint(plain_name(name).split("."))
+    return not of_base and any(owner.endswith(saved) for owner in _owners(name))
 
 
 def is_module_name(name: Any) -> bool:
