@@ -58,6 +58,24 @@ def lower_case():
 TOKENIZERS = {"byte-level": byte_level, "metaspace": metaspace}
 
 
+def framed(template):
+    """A byte-level tokenizer that begins every text with a token of its own, and may end it with one."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_level()
+    special = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
+
+
+FOCUSED = {
+    **TOKENIZERS,
+    "start": lambda: framed("<s> $A"),
+    "start and end": lambda: framed("<s> $A </s>"),
+    "byte": build_tokenizer,
+}
+
+
 def decode(tokenizer, ids):
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -142,6 +160,94 @@ def test_chat_messages_need_a_template():
         encode_rows([chat_row()], byte_level(), name="failures row")
 
 
+def test_a_chat_completion_of_several_messages_is_refused(tmp_path):
+    """What generation would never reach must not count as repaired."""
+    row = chat_row()
+    row["completion"] += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "np.int64(3)"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(
+        ValueError, match=r"line 1: 'completion' holds 3 messages.*each assistant turn a row of its own"
+    ):
+        read_rows(path)
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="row 0: 'completion' holds 3 messages"):
+        encode_rows([row], tokenizer)
+    with pytest.raises(ValueError, match="row 0: 'completion' holds </s>, at which generation stops"):
+        encode_rows([chat_row("np.float64(3)</s>np")], tokenizer)
+
+
+# where a completion ends
+
+
+def with_end(end, prompt="import numpy as np\nx = ", completion="np.float64(3)"):
+    return {"prompt": prompt, "completion": completion, **({} if end is None else {"end": end})}
+
+
+@pytest.mark.parametrize("make", FOCUSED.values(), ids=FOCUSED)
+@pytest.mark.parametrize(
+    ("prompt", "completion", "end"),
+    [
+        ("import numpy as np\nx = ", "np.float64(3)", "\n"),  # a line of a text with lines
+        ("the quick", " brown fox", "</s>"),  # no lines to end
+        ("import numpy as np\n", "x = np.float64(3)\nprint(x)", "</s>"),  # more than a line
+        ("import numpy as np\n", "x = np.float64(3)\n", "</s>"),
+    ],
+)
+def test_the_end_of_a_text_is_one_of_its_tokens(make, prompt, completion, end):
+    tokenizer = make()
+    (row,) = encode_rows([with_end(True, prompt, completion)], tokenizer)
+    assert row.ended and row.completion == completion + end
+    assert decode(tokenizer, row.input_ids) == decode(tokenizer, row.prompt_ids) + completion + end
+    if end == "</s>":
+        assert row.completion_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("end", [None, False])
+def test_a_text_does_not_end_unless_it_says_so(end):
+    tokenizer = byte_level()
+    (row,) = encode_rows([with_end(end)], tokenizer)
+    assert not row.ended and decode(tokenizer, row.completion_ids) == row.completion == "np.float64(3)"
+
+
+def test_an_end_needs_a_token():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
+    assert encode_rows([with_end(True)], tokenizer)[0].completion.endswith("\n")
+    with pytest.raises(ValueError, match="row 0: 'end' is true, but this tokenizer has no end-of-text token"):
+        encode_rows([with_end(True, "import")], tokenizer)
+
+
+# Gemma's habit: a turn ends with a token that is not end-of-text, and a line end behind it
+TURNS = TEMPLATE.replace("</s>", "<turn>")
+
+
+def turns(template=TURNS):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "said"),
+    [
+        (TEMPLATE, None, "np.float64(3)</s>"),
+        (TEMPLATE, True, "np.float64(3)</s>"),
+        (TEMPLATE, False, "np.float64(3)"),
+        (TURNS, None, "np.float64(3)<turn>"),
+        (TURNS, False, "np.float64(3)"),
+        (TURNS.replace("<turn>", ""), None, "np.float64(3)\n"),
+        (TURNS.replace("<turn>\n", ""), True, "np.float64(3)</s>"),
+    ],
+)
+def test_chat_messages_end_with_their_turn_unless_they_say_otherwise(template, end, said):
+    tokenizer = turns(template)
+    (row,) = encode_rows([chat_row() if end is None else {**chat_row(), "end": end}], tokenizer)
+    assert decode(tokenizer, row.completion_ids) == said
+    assert row.ended == said.endswith(">")
+
+
 def test_a_template_that_rewrites_the_prompt_is_refused():
     tokenizer = byte_level()
     tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -179,6 +285,15 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
         ({"prompt": "a", "completion": "b", "focus": {"a": 1}}, "'focus' is .*; it must be a piece"),
         ({"prompt": "a", "completion": "b", "problem": 3}, "'problem' is int; it must be text"),
         ({"prompt": "a", "completion": "b", "problem": " "}, "'problem' is empty; give a name"),
+        ({"prompt": "a", "completion": "b\udfff"}, r"'completion' holds \\udfff, half of a character"),
+        ({"prompt": "a", "completion": "b", "focus": ["a", "\ud800"]}, r"'focus' holds \\ud800"),
+        ({"prompt": "a", "completion": "b", "problem": "\ud800"}, r"'problem' holds \\ud800"),
+        (
+            {"prompt": [{"role": "user", "content": "\ud800"}], "completion": [{"role": "a", "content": "b"}]},
+            r"'prompt' holds \\ud800",
+        ),
+        ({"prompt": "a", "completion": "b", "end": "yes"}, "'end' is 'yes'; it must be true or false"),
+        ({"prompt": "a", "completion": "b", "end": 1}, "'end' is 1; it must be true or false"),
     ],
 )
 def test_bad_rows_are_named_in_one_sentence(row, message):
@@ -207,6 +322,9 @@ def test_reading_files(tmp_path):
     [
         (b'{"prompt": "a", "completion": "b"}\n{"prompt": ', "line 2: not JSON"),
         (b'{"prompt": "a", "completion": "b"}\n[1]', "line 2: found list"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b', "completion": "b"}', "line 1: not JSON .*too deep"),
+        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "line 1: not JSON"),
+        (b'{"prompt": "a\\ud800", "completion": "b"}', r"line 1: 'prompt' holds \\ud800, half of a character"),
         (b"", "holds no rows"),
         (b"\n \n", "holds no rows"),
         (b"\xff\xfe\x00", "not UTF-8"),
@@ -242,24 +360,6 @@ class Slow:
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
-
-
-def framed(template):
-    """A byte-level tokenizer that begins every text with a token of its own, and may end it with one."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_level()
-    special = [("<s>", 0), ("</s>", 1)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
-    return tokenizer
-
-
-FOCUSED = {
-    **TOKENIZERS,
-    "start": lambda: framed("<s> $A"),
-    "start and end": lambda: framed("<s> $A </s>"),
-    "byte": build_tokenizer,
-}
 
 
 @pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, Slow], ids=["fast", "slow"])

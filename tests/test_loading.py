@@ -266,6 +266,62 @@ def test_damaged_tensors(tmp_path: Path, change, message: str) -> None:
         load_patch(build_model(), tmp_path / "patch")
 
 
+def _forget_checksum(patch: Path) -> None:
+    config = json.loads((patch / "adapter_config.json").read_text())
+    (patch / "adapter_config.json").write_text(json.dumps({**config, "tensors_sha256": None}))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_module_that_the_configuration_names_has_to_be_there(tmp_path: Path, old: bool) -> None:
+    patch = make_patch(tmp_path / "patch")
+    _edit(patch, lambda tensors: [tensors.pop(FIRST + part) for part in ("delta", "neurons")])
+    if old:
+        _forget_checksum(patch)
+    model = build_model()
+    before = [name for name, _ in model.named_modules()]
+    message = "holds nothing of model.layers.0.mlp.down_proj, which its configuration names" if old else "is damaged"
+    with pytest.raises(ValueError, match=message):
+        load_patch(model, patch)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_weight_of_the_base_is_refused(tmp_path: Path, old: bool) -> None:
+    patch = make_patch(tmp_path / "patch")
+    model = build_model()
+    weight = model.get_input_embeddings().weight
+    _edit(patch, lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": weight * 0}))
+    if old:
+        _forget_checksum(patch)
+    with pytest.raises(ValueError, match="embed_tokens.weight, which its configuration does not name"):
+        load_patch(model, patch)
+    with pytest.raises(ValueError, match="embed_tokens.weight, which its configuration does not name"):
+        read_patch_modules(patch)
+    assert weight.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"peft_type": "STAR", "in_features": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "damaged: it is nested too deep",
+        ),
+        ('{"peft_type": "STAR", "num_neurons": ' + "9" * 5000 + "}", "adapter_config.json is damaged"),
+        ('{"peft_type": "STAR", "modules_to_save": [null]}', "`modules_to_save` is no list of names"),
+        ('{"peft_type": "STAR", "modules_to_save": 3}', "`modules_to_save` is no list of names"),
+        ('{"peft_type": "STAR", "target_modules": "(a+)+$"}', "may take forever"),
+        ('{"peft_type": "STAR", "exclude_modules": "(", "target_modules": ["down_proj"]}', "no regular expression"),
+    ],
+)
+def test_hostile_configurations(tmp_path: Path, text: str, message: str) -> None:
+    patch = make_patch(tmp_path / "patch")
+    (patch / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_patch(build_model(), patch)
+    assert "\n" not in str(raised.value)
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     patch = make_patch(tmp_path / "patch")
     config = (patch / "adapter_config.json").read_text()
@@ -276,7 +332,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adapter of type None"):
         load_patch(build_model(), patch)
     (patch / "adapter_config.json").write_text(json.dumps({**json.loads(config), "num_neurons": -1}))
-    with pytest.raises(ValueError, match="could not be put on this model"):
+    with pytest.raises(ValueError, match="its configuration cannot be used: `num_neurons` should be a positive"):
         load_patch(build_model(), patch)
     (patch / "adapter_config.json").write_text(config)
     weights = (patch / "adapter_model.safetensors").read_bytes()

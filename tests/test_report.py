@@ -162,6 +162,16 @@ def test_problems_on_the_console():
     assert any("related rows fixed, broken" in line and "1 and 1 of 2" in line for line in text.splitlines())
 
 
+def test_what_the_model_goes_on_to_say_on_the_console(tmp_path):
+    report = told()
+    assert "goes on" not in shown(report) + report.to_markdown()
+    report.rows[0].goes_on = "-branch\n|"
+    assert "goes on with" in shown(report) and "-branch\\n|" in shown(report)
+    assert "`-branch\\n\\|` |" in report.to_markdown()
+    report.save(tmp_path / "report.json")
+    assert RepairReport.load(tmp_path / "report.json").rows[0].goes_on == "-branch\n|"
+
+
 def test_many_tokens_are_not_all_shown():
     problem = ProblemRecord("a")
     problem.add_act("focus", [f"w{number}" for number in range(9)], NAMES[:1])

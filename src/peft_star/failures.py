@@ -1,22 +1,25 @@
 """Failures: prompt-completion rows, the tokens generation would have to produce, and the medium tokens.
 
 Row format is TRL's prompt-completion: both strings, or both lists of chat messages. Beside these a row may say what of
-its prompt the problem is about (`focus`), and which problem that is (`problem`). Position `p` of a row is a *medium
-token* when the model's argmax for `p + 1` differs from the expected token (paper section 2.1 and 3.2); that is one
-failure.
+its prompt the problem is about (`focus`), which problem that is (`problem`), and whether the model is to stop
+where the completion does (`end`).
+
+Position `p` of a row is a *medium token* when the model's argmax for `p + 1` differs from the expected token (paper
+section 2.1 and 3.2); that is one failure.
 """
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import parse_json
+
 COLUMNS = ("prompt", "completion")
-OPTIONAL = ("focus", "problem")
+OPTIONAL = ("focus", "problem", "end")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Row:
     """One tokenised row: generation starts after `prompt_ids` and is right when it yields `completion_ids`.
 
     `focus` holds the positions in `prompt_ids`, ascending, at which the spans that the problem is about end, and
-    `focus_starts` where they begin; `problem` is the problem's name.
+    `focus_starts` where they begin; `problem` is the problem's name; `ended` says that the last of `completion_ids` is
+    where the model is to stop.
     """
 
     index: int
@@ -35,6 +39,7 @@ class Row:
     focus: tuple[int, ...] = ()
     focus_starts: tuple[int, ...] = ()
     problem: str | None = None
+    ended: bool = False
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -70,9 +75,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); write one object a line.") from None
+            row = parse_json(line)
+        except ValueError as error:
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{path}, line {number}: not JSON ({reason}); write one object a line.") from None
         validate_row(row, f"{path}, line {number}")
         rows.append(row)
     if not rows:
@@ -82,6 +88,17 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _check_answer(messages: Sequence[Any], where: str) -> None:
+    if not any(message["content"] for message in messages):
+        raise ValueError(f"{where}: 'completion' is empty; there is nothing to repair towards.")
+    if len(messages) > 1:
+        # generation stops at the end of the first, and what comes between two turns is nothing to repair towards
+        raise ValueError(
+            f"{where}: 'completion' holds {len(messages)} messages, and a model generates one at a time; give each "
+            "assistant turn a row of its own, with the messages before it in 'prompt'."
+        )
 
 
 def _check_messages(messages: Sequence[Any], where: str, column: str) -> None:
@@ -100,8 +117,28 @@ def _spans(row: dict[str, Any]) -> list[str]:
     return [] if focus is None else [focus] if isinstance(focus, str) else list(focus)
 
 
+def _check_text(value: Any, what: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can hold and no tokenizer takes, in texts, messages and lists."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            bad = f"\\u{ord(value[error.start]):04x}"
+            raise ValueError(
+                f"{what} holds {bad}, half of a character; write the whole one or leave it out."
+            ) from None
+    elif isinstance(value, dict):
+        for item in value.values():
+            _check_text(item, what)
+    elif _is_chat(value):
+        for item in value:
+            _check_text(item, what)
+
+
 def _check_optional(row: dict[str, Any], where: str) -> None:
-    focus, problem = row.get("focus"), row.get("problem")
+    focus, problem, end = (row.get(column) for column in OPTIONAL)
+    if not isinstance(end, bool | None):
+        raise ValueError(f"{where}: 'end' is {end!r}; it must be true or false.")
     if focus is not None:
         spans = [focus] if isinstance(focus, str) else focus
         if not isinstance(spans, (list, tuple)) or not all(isinstance(span, str) for span in spans):
@@ -141,14 +178,15 @@ def validate_row(row: Any, where: str) -> None:
     if unknown:
         raise ValueError(f"{where}: unknown column {', '.join(map(repr, unknown))}; remove it or rename it.")
     prompt, completion = row["prompt"], row["completion"]
+    for column, value in row.items():
+        _check_text(value, f"{where}: '{column}'")
     _check_optional(row, where)
     if _is_chat(prompt) != _is_chat(completion):
         raise ValueError(f"{where}: 'prompt' and 'completion' must both be text or both be lists of chat messages.")
     if _is_chat(prompt):
         _check_messages(prompt, where, "prompt")
         _check_messages(completion, where, "completion")
-        if not any(message["content"] for message in completion):
-            raise ValueError(f"{where}: 'completion' is empty; there is nothing to repair towards.")
+        _check_answer(completion, where)
         return
     for column in COLUMNS:
         if not isinstance(row[column], str):
@@ -164,12 +202,13 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
     """Tokenise rows into exactly the tokens that generation would have to produce after the prompt's own tokens.
 
     The prompt is tokenised alone, as at inference. The completion's tokens are those that, appended to the prompt's,
-    decode to prompt + completion; a chat completion ends where generation would stop (the first end-of-sequence
-    token).
+    decode to prompt + completion. Where the model is to stop (`end`, the default for chat messages), the last of them
+    is the one that says so: of chat messages the token with which the template ends a turn; of text that completes a
+    line of a prompt with lines the line's end; of any other text the end-of-text token.
 
     Args:
         rows: prompt-completion rows (dicts or a `datasets.Dataset`), with `focus` (a span of the prompt, or a list of
-            spans) and `problem` (a name) if they like.
+            spans), `problem` (a name) and `end` (true or false) if they like.
         tokenizer: A transformers tokenizer.
         max_length: The model's context in tokens; None: unlimited.
         name: What a row is called in messages.
@@ -186,21 +225,26 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
         validate_row(row, where)
         chat, spans = _is_chat(row["prompt"]), _spans(row)
         if chat:
-            prompt, completion, prompt_ids, completion_ids = _encode_chat(row, tokenizer, where)
+            prompt, completion, prompt_ids, completion_ids, ended = _encode_chat(row, tokenizer, where)
         else:
-            prompt, completion = row["prompt"], row["completion"]
+            prompt, completion, ended = row["prompt"], row["completion"], bool(row.get("end"))
+            by_line = ended and "\n" in prompt and "\n" not in completion
+            completion += "\n" if by_line else ""
             prompt_ids = tokenizer(prompt)["input_ids"]
             # some tokenizers close every text with an end token, which would end the prompt as well
             if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
                 prompt_ids = prompt_ids[:-1]
             completion_ids = _completion_ids(prompt, completion, list(prompt_ids), tokenizer)
+            if ended and not by_line:
+                completion_ids = [*completion_ids, _end_token(tokenizer, where)]
+                completion += tokenizer.eos_token
         if not prompt_ids or not completion_ids:
             empty = "prompt" if not prompt_ids else "completion"
             raise ValueError(f"{where}: the {empty} has no tokens; give it some text.")
         _check_focus(spans, prompt, where)
         places = dict(sorted(_place(span, prompt, prompt_ids, tokenizer, special=not chat) for span in spans))
         ids = tuple(prompt_ids), tuple(completion_ids)
-        item = Row(index, prompt, completion, *ids, tuple(places), tuple(places.values()), row.get("problem"))
+        item = Row(index, prompt, completion, *ids, tuple(places), tuple(places.values()), row.get("problem"), ended)
         if max_length is not None and len(item) > max_length:
             raise ValueError(
                 f"{where}: {len(item)} tokens (prompt {len(prompt_ids)}, completion {len(completion_ids)}) exceed the "
@@ -277,7 +321,17 @@ def _completion_ids(prompt: str, completion: str, prompt_ids: list[int], tokeniz
     return alone
 
 
+def _end_token(tokenizer, where: str) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{where}: 'end' is true, but this tokenizer has no end-of-text token; let the completion end with "
+            "something that marks its end, such as a line end."
+        )
+    return tokenizer.eos_token_id
+
+
 def _encode_chat(row: dict[str, Any], tokenizer, where: str):
+    """Prompt and completion as texts and as tokens, and whether the last of these ends the turn."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{where}: chat messages need a chat template, and this tokenizer has none; give text instead."
@@ -297,6 +351,28 @@ def _encode_chat(row: dict[str, Any], tokenizer, where: str):
     else:
         completion_ids = tokenizer(completion_text, add_special_tokens=False)["input_ids"]
     # generation stops at the end of the turn; what the template writes behind it is never generated
-    if tokenizer.eos_token_id in completion_ids:
-        completion_ids = completion_ids[: completion_ids.index(tokenizer.eos_token_id) + 1]
-    return prompt_text, completion_text, prompt_ids, completion_ids
+    eos = tokenizer.eos_token
+    if eos and eos in row["completion"][0]["content"]:
+        raise ValueError(f"{where}: 'completion' holds {eos}, at which generation stops; leave it out.")
+    stop = _end_of_turn(completion_ids, tokenizer)
+    if row.get("end") is False:
+        return prompt_text, completion_text, prompt_ids, completion_ids[:stop], False
+    if stop is not None:
+        return prompt_text, completion_text, prompt_ids, completion_ids[: stop + 1], True
+    ended = bool(row.get("end"))  # of a template that marks no end
+    return prompt_text, completion_text, prompt_ids, [*completion_ids, *[_end_token(tokenizer, where)] * ended], ended
+
+
+def _end_of_turn(ids: Sequence[int], tokenizer) -> int | None:
+    """The place of the token with which a chat template ends a turn: end-of-text, or else the first of the special
+    tokens that stand behind the message."""
+    if tokenizer.eos_token_id in ids:
+        return ids.index(tokenizer.eos_token_id)
+    special = {token for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items() if added.special}
+    stop = None
+    for place in reversed(range(len(ids))):
+        if ids[place] in special:
+            stop = place
+        elif _decode(tokenizer, [ids[place]]).strip():
+            break
+    return stop

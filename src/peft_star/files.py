@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def check_output(
@@ -34,6 +40,7 @@ def check_output(
         ValueError: One sentence that says why not.
     """
     path = path.expanduser()
+    recover(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; the output is a directory.")
     if path.is_dir() and any(path.iterdir()):
@@ -62,27 +69,100 @@ def _is_part(folder: Path, part: str | None) -> bool:
     return (folder.parent / part).is_file() and not any(item.is_dir() for item in folder.iterdir())
 
 
+class KeptElsewhere(OSError):
+    """A finished directory could not take its place; the message says where it is kept."""
+
+
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """An empty directory beside `path` that takes its place when the block is done, and is gone when it fails."""
+def new_directory(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """An empty directory beside `path` that takes its place when the block is done, and is gone when it fails.
+
+    What killed runs of the same output left behind is brought back or swept first; see [`recover`].
+
+    Args:
+        path: The output directory.
+        overwrite: Whether what lies there when the block is done may be replaced.
+
+    Raises:
+        KeptElsewhere: The finished directory could not take its place.
+    """
     path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
     suffix = secrets.token_hex(4)
     temporary, old = (path.with_name(f".{path.name}.{kind}-{suffix}") for kind in ("new", "old"))
     temporary.mkdir()
+    handle = _claim(temporary)
     try:
         yield temporary
         _apply_umask(temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
+        _place(temporary, path, old, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _place(temporary: Path, path: Path, old: Path, overwrite: bool) -> None:
+    """Give a finished directory its name. Between the two renames a kill leaves what [`recover`] mends."""
+    try:
+        if overwrite and path.exists():
+            path.rename(old)
+        with contextlib.suppress(OSError):  # an empty directory is no output
+            path.rmdir()
+        temporary.rename(path)
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if not isinstance(error, OSError):
+            raise
+        kept = temporary.rename(path.with_name(f"{path.name}.kept-{secrets.token_hex(4)}"))
+        why = "is not empty any more" if path.exists() else f"cannot be written ({error.strerror})"
+        raise KeptElsewhere(f"{path} {why}; what was to be written there is kept in {kept}.") from error
+
+
+def recover(path: Path) -> None:
+    """Mend what runs that were killed while they wrote a directory have left beside it.
+
+    When its name is free, because the kill came between the two renames of a swap, the new directory, which is
+    complete by then, gets it, or else the old one. All else is swept. Directories of living runs are left alone.
+    """
+    path = path.expanduser().resolve()
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(new|old)-([0-9a-f]{{8}})")
+    with contextlib.suppress(OSError):
+        found = [
+            (match[2], match[1], item) for item in path.parent.iterdir() if (match := pattern.fullmatch(item.name))
+        ]
+        runs = {suffix: {kind: item for other, kind, item in found if other == suffix} for suffix, _, _ in found}
+        for run in runs.values():
+            handles = [_claim(item) for item in run.values()]
+            if None not in handles:
+                if "old" in run and not path.exists():
+                    run.pop("new" if "new" in run else "old").rename(path)
+                for item in run.values():
+                    shutil.rmtree(item, ignore_errors=True)
+            for handle in handles:
+                if handle is not None:
+                    os.close(handle)
+
+
+def _claim(directory: Path) -> int | None:
+    """Keep other processes from taking a directory for one that a killed run has left.
+
+    Returns:
+        A file descriptor; the claim ends when it is closed or its process ends. None: another process has a claim, or
+        claims cannot be made here (on Windows, and on some network drives), so that nothing is ever swept.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _apply_umask(directory: Path) -> None:
@@ -92,6 +172,23 @@ def _apply_umask(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text of unknown origin says.
+
+    Raises:
+        ValueError: It is no JSON, or cannot be read; one line.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of unknown origin says; errors are those of [`parse_json`]."""
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: str | os.PathLike, content: Any, **style: Any) -> None:

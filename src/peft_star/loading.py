@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,13 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .models.structure import neuron_shape
+from .files import read_json, recover
+from .models.names import own_keys
+from .models.structure import find_second_matrices, neuron_shape
 from .sharing.download import find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
 from .sharing.patch_files import (
     CONFIG_NAME,
@@ -83,6 +85,8 @@ def load_model(
     torch_dtype = _dtype(dtype)
     kwargs = {"dtype": torch_dtype, "device_map": device_map}
     path = Path(model).expanduser()
+    if not path.exists():
+        recover(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(f"{model} is no .gguf file; a model is a directory, a .gguf file or a Hub id.")
@@ -157,7 +161,7 @@ def _check_model_dir(path: Path) -> None:
     if (path / CONFIG_NAME).is_file():
         base = None
         try:
-            base = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = read_json(path / CONFIG_NAME).get("base_model_name_or_path")
         except (ValueError, AttributeError):
             pass  # the sentence is right without the name
         hint = f" Its base model is {base}." if base else ""
@@ -247,10 +251,17 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 def check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) -> None:
-    """Compare the patch's tensors with the model's layers, before anything of the model is touched."""
+    """Compare the patch's tensors with the model's layers, before anything of the model is touched.
+
+    Raises:
+        ValueError: One sentence: the patch is none or damaged, does not fit, or lacks what its configuration names.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = dict(base.named_modules())
     patch = Patch.read(directory)
+    for module in _named_modules(base, directory, name):
+        if module not in patch.neurons:
+            raise ValueError(f"{name} is damaged: it holds nothing of {module}, which its configuration names.")
     for module, neurons in patch.neurons.items():
         layer = layers.get(module)
         if layer is None:
@@ -269,3 +280,16 @@ def check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) ->
                 f"{name} does not fit this model: {module} has {inputs} neurons here, and the patch names neuron "
                 f"{largest}."
             )
+
+
+def _named_modules(base: PreTrainedModel, directory: Path, name: str) -> list[str]:
+    """The modules of a model that a patch's configuration names, which are those that PEFT would patch."""
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(f"{name} is damaged: its configuration cannot be used: {first_sentence(error)}") from error
+    if config.target_modules is None:
+        return list(find_second_matrices(base)) if config.layers_to_transform is None else []
+    if config.target_modules == "all-linear":
+        return []  # no repair writes it, and PEFT reports what is missing
+    return [key for key in own_keys(base) if check_target_module_exists(config, key) is True]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from .files import read_json, write_json
 
 CONTEXT_CHARACTERS = 40
 SHOWN_TOKENS = 5  # of where a patch acts
@@ -49,7 +48,8 @@ class RowRecord:
 
     `source` is "failures", "retain" or "related"; `problem` is the problem that the row names. `exact_*`: every
     completion token right teacher-forced. `generated_*`: the text of greedy generation, and `generation_exact_*`
-    whether it equals the completion (None when not generated).
+    whether it equals the completion (None when not generated). `goes_on`: what the model says next, after a completion
+    of the failures that it generates right now and that says nothing of where it ends (None: not looked at).
     """
 
     source: str
@@ -66,6 +66,7 @@ class RowRecord:
     generation_exact_before: bool | None = None
     generation_exact_after: bool | None = None
     problem: str | None = None
+    goes_on: str | None = None
 
     @property
     def was_right(self) -> bool:
@@ -183,7 +184,8 @@ class ProblemRecord:
             tokens += ["…"] if len(act["tokens"]) > SHOWN_TOKENS else []
             layers = act["layers"]
             within = show(layers[0]) if len(layers) == 1 else f"{len(layers)} layers"
-            parts.append(f"{act['how']}: {', '.join(tokens)} in {within}")
+            how = "".join(char for char in act["how"] if char.isalnum() or char == " ")
+            parts.append(f"{how}: {', '.join(tokens)} in {within}")
         return "; ".join(parts)
 
 
@@ -300,7 +302,7 @@ class RepairReport:
             ValueError: The file is not a repair report.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path))
             known = {item.name for item in fields(cls)}
             # reports of earlier versions know no problems
             data = {"problems": [], **{key: value for key, value in data.items() if key in known}}
@@ -311,9 +313,9 @@ class RepairReport:
                 ("layers", PatchedLayer),
                 ("problems", ProblemRecord),
             ):
-                data[key] = [kind(**item) for item in data[key]]
-            return cls(**data)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+                data[key] = [_checked(kind(**item)) for item in data[key]]
+            return _checked(cls(**data))
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a repair report ({error}).") from None
 
     def to_markdown(self, max_rows: int = 50) -> str:
@@ -338,6 +340,11 @@ class RepairReport:
                 )
             if len(self.failures) > max_rows:
                 lines.append(f"| … | {len(self.failures) - max_rows} more | | | | |")
+            lines.append("")
+        going_on = [row for row in self.rows if row.goes_on is not None]
+        if going_on:
+            lines += ["| row | completion | the model goes on with |", "| --- | --- | --- |"]
+            lines += [f"| {row.row} | {code(row.completion)} | {code(row.goes_on)} |" for row in going_on[:max_rows]]
             lines.append("")
         if self.tells_problems:
             heads = ("problem", *PROBLEM_COLUMNS)
@@ -407,6 +414,40 @@ class RepairReport:
         right.set_title(f"{sum(len(item.neurons) for item in self.layers)} neurons in {len(self.layers)} layers")
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def _checked(record: Any) -> Any:
+    """A record whose simple values are of the types that its class names.
+
+    Raises:
+        TypeError: One is not.
+    """
+    for item in fields(record):
+        value, kinds = getattr(record, item.name), _KINDS.get(item.type)
+        if kinds and not isinstance(value, kinds):
+            raise TypeError(f"{item.name} is {type(value).__name__}")
+    for name, seconds in getattr(record, "seconds", {}).items():
+        if not isinstance(seconds, (int, float)):
+            raise TypeError(f"the seconds of {name} are {type(seconds).__name__}")
+    for act in getattr(record, "acts", []):
+        if not all(isinstance(text, str) for text in (act["how"], *act["tokens"], *act["layers"])):
+            raise TypeError("where it acts is no text")
+    return record
+
+
+_NONE = type(None)
+_KINDS = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "str | None": (str, _NONE),
+    "bool | None": (bool, _NONE),
+    "list[int]": list,
+    "dict[str, float]": dict,
+    "list[dict[str, Any]]": list,
+    "list[str]": list,
+}
 
 
 def code(text: str) -> str:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 import peft_star
-from peft_star import files
 from peft_star.cli import app as cli_app
-from support.command_line import Run, is_one_sentence, names
+from support.command_line import Run, is_one_sentence
 
 COMMANDS = ["repair", "inspect", "evaluate", "merge", "export", "push", "demo"]
 
@@ -95,10 +93,3 @@ def test_errors_of_the_package_keep_their_traceback(
     monkeypatch.setenv("PEFT_STAR_DEBUG", "1")
     with pytest.raises(ValueError):
         cli_app.main(["failing"])
-
-
-def test_a_new_directory_is_gone_when_its_block_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), files.new_directory(tmp_path / "x") as directory:
-        (directory / "file").touch()
-        raise RuntimeError
-    assert names(tmp_path) == []

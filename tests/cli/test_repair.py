@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,8 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from peft_star import RepairArguments, RepairCallback, RepairReport, StarConfig
 from peft_star.cli import app as cli_app
+from peft_star.cli import patches as cli_patches
 from peft_star.cli import repair as cli_repair
 from peft_star.cli.options import parse_amount
+from peft_star.loading import load_patch
+from peft_star.sharing.patch_files import Patch
 from support.byte_llama import build_tokenizer
 from support.command_line import SOLVABLE, Run, is_one_sentence, names
 
@@ -430,8 +434,22 @@ def test_outputs_that_cannot_be(run: Run, tiny_dir: Path, failures: Path, tmp_pa
         assert is_one_sentence(result), result.err
 
 
+def kept_in(directory: Path, result: Any) -> Path:
+    """The one directory in which a patch was kept; the message names it, and the patch is whole."""
+    (kept,) = (path for path in directory.iterdir() if ".kept-" in path.name)
+    assert str(kept) in result.err and is_one_sentence(result) and result.code == 2
+    assert kept.name.startswith("patch.kept-")
+    assert (
+        len(Patch.read(kept).neurons) > 0 and json.loads((kept / "adapter_config.json").read_text())["inference_mode"]
+    )
+    return kept
+
+
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_failing_save_leaves_what_was_there(
+@pytest.mark.parametrize(
+    "error", [OSError("No space left on device"), ValueError("Invalid truth value"), RuntimeError("x"), KeyError("y")]
+)
+def test_a_failing_save_leaves_what_was_there_and_keeps_the_patch(
     run: Run,
     tiny_dir: Path,
     failures: Path,
@@ -439,6 +457,7 @@ def test_a_failing_save_leaves_what_was_there(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     existing: bool,
+    error: Exception,
 ) -> None:
     target = tmp_path / "patch"
     if existing:
@@ -447,14 +466,98 @@ def test_a_failing_save_leaves_what_was_there(
 
     def save(self: RepairReport, path: Path) -> None:
         path.write_text("half of")
-        raise OSError("No space left on device")
+        raise error
 
     monkeypatch.setattr(RepairReport, "save", save)
-    result = run("repair", tiny_dir, failures, "-o", target, "--overwrite", *SOLVABLE)
-    assert result.code == 2
-    assert "No space left on device" in result.err
+    result = run("repair", tiny_dir, failures, "-o", target, "--overwrite", "--json", *SOLVABLE)
+    assert str(error) in result.err
+    kept = kept_in(tmp_path, result)
+    assert load_patch(AutoModelForCausalLM.from_pretrained(tiny_dir), kept).peft_config["default"].base_fingerprint
+    shutil.rmtree(kept)
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
     assert target.exists() is existing
+
+
+def test_a_save_that_peft_refuses_keeps_patch_and_report(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", refuse)
+    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--json", *SOLVABLE)
+    kept = kept_in(tmp_path, result)
+    assert names(kept) == ["adapter_config.json", "adapter_model.safetensors", "repair_report.json"]
+    assert RepairReport.load(kept / "repair_report.json").success
+
+
+def test_a_patch_that_cannot_be_kept_beside_its_output_goes_to_temporary_files(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tempfile.mkdtemp
+
+    def mkdtemp(prefix: str, dir: Path) -> str:
+        if dir == tmp_path:
+            raise PermissionError("no")
+        return real(prefix=prefix, dir=dir)
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(cli_patches, "write_card", lambda *args, **kwargs: 1 / 0)
+    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--json", *SOLVABLE)
+    kept_in(tmp_path / "temporary", result)
+    assert names(tmp_path) == ["failures.jsonl", "temporary"]
+
+
+def test_ctrl_c_while_saving_keeps_the_patch(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_patches, "write_card", interrupt)
+    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--json", *SOLVABLE)
+    assert result.code == 130 and "the patch is kept in" in result.err
+    assert len(names(tmp_path)) == 2 and "patch" not in names(tmp_path)
+
+
+def test_an_empty_word_for_offline_mode_does_not_stop_a_save(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "moved"
+    shutil.copytree(tiny_dir, model)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    # as a model from a .gguf file or the Hub, whose name is no directory when PEFT looks for its configuration
+    real = cli_repair.load_base
+
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        base, tokenizer = real(*args, **kwargs)
+        base.name_or_path = base.config._name_or_path = "somebody/model"
+        return base, tokenizer
+
+    monkeypatch.setattr(cli_repair, "load_base", renamed)
+    assert run("repair", model, failures, "-o", tmp_path / "patch", *SOLVABLE).code == 0
+
+
+def test_of_two_repairs_into_one_output_the_later_is_kept_elsewhere(
+    run: Run, tiny_dir: Path, failures: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real = tmp_path / "patch", cli_repair.run_repair
+
+    def meanwhile(*args: Any, **kwargs: Any) -> RepairReport:
+        shutil.copytree(patch, target)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cli_repair, "run_repair", meanwhile)
+    result = run("repair", tiny_dir, failures, "-o", target, "--json", *SOLVABLE)
+    assert "is not empty any more" in result.err
+    assert "README.md" in names(kept_in(tmp_path, result))
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == {
+        path.name: path.read_bytes() for path in patch.iterdir()
+    }
+    shutil.rmtree(target)
+    assert run("repair", tiny_dir, failures, "-o", target, "--overwrite", *SOLVABLE).code == 0
 
 
 def test_an_empty_directory_and_a_link_are_fine(run: Run, tiny_dir: Path, failures: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from peft_star import (
     prepare,
     repair,
 )
+from peft_star.method import verify
 from peft_star.method.objective import Goal
 from support.tiny_models import VOCAB
 from support.words import (
@@ -107,6 +108,44 @@ def test_only_patched_layers_are_kept_and_saved(tmp_path, tokenizer):
     merged = PeftModel.from_pretrained(decided(), tmp_path).merge_and_unload()
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def greedy(model, tokenizer, prompt, tokens):
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=2, pad_token_id=0)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def test_a_row_that_says_so_is_repaired_until_the_model_stops(tokenizer):
+    model = star()
+    rows = [{**ROWS[0], "end": True}, ROWS[1]]
+    report = repair(model, tokenizer, rows, RepairArguments(**QUIET), retain=RETAIN)
+    assert report.success
+    assert report.rows[0].tokens == 3 and any(item.expected == "[EOS]" for item in report.failures)
+    assert greedy(model, tokenizer, ROWS[0]["prompt"], 9) == [*tokenizer(ROWS[0]["completion"])["input_ids"], 2]
+
+
+def test_the_report_shows_what_the_model_goes_on_to_say(tokenizer):
+    model = star()
+    rows = [{**ROWS[0], "end": True}, ROWS[1]]
+    report = repair(model, tokenizer, rows, RepairArguments(**QUIET), retain=RETAIN)
+    said = [row.goes_on for row in report.rows]
+    completion = tokenizer(ROWS[1]["completion"])["input_ids"]
+    behind = greedy(model, tokenizer, ROWS[1]["prompt"], len(completion) + 16)[len(completion) :]
+    assert len(behind) > 1 and said == [None, tokenizer.decode(behind), None]
+    assert f"| 1 | ` w40` | `{said[1]}` |" in report.to_markdown()
+    # as far as the model's context goes (64 tokens here), and not of what was not generated right
+    longest = {"prompt": " ".join(["w7 w8"] * 31), "completion": " w40"}
+    report = repair(star(), tokenizer, [longest], RepairArguments(**QUIET))
+    assert report.success and len(report.rows[0].goes_on.split()) == 1
+    report = repair(star(), tokenizer, ROWS, RepairArguments(**{**QUIET, "max_steps": 1, "learning_rate": 1e-9}))
+    assert not report.success and [row.goes_on for row in report.rows] == [None, None]
+
+
+def test_what_follows_is_looked_at_for_as_many_rows_as_a_report_shows(tokenizer, monkeypatch):
+    monkeypatch.setattr(verify, "MOST_BEHIND", 1)
+    report = repair(star(), tokenizer, ROWS, RepairArguments(**QUIET))
+    assert report.success and [row.goes_on is None for row in report.rows] == [False, True]
 
 
 def test_a_second_repair_builds_on_the_first(tokenizer):

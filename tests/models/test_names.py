@@ -8,7 +8,7 @@ import pytest
 from peft import get_peft_model
 
 from peft_star import StarConfig
-from peft_star.models.names import condense, matches, own_keys, plain_name, select
+from peft_star.models.names import check_pattern, condense, matches, own_keys, plain_name, select
 from support.tiny_models import MODELS, tiny_llama
 
 KEYS = ["a.0.fc", "a.1.fc", "a.1.up", "b.a.0.fc"]
@@ -49,3 +49,32 @@ def test_a_selection_selects_just_these(targets):
 def test_condensed_names_are_suffixes_or_nothing():
     assert condense(["a.0.fc", "a.1.fc", "b.a.0.fc"], KEYS) == {"fc"}
     assert condense(["a.0.fc"], KEYS) is None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(layers|h)\.\d+\.mlp\.(down_proj|c_proj)",
+        r"model\.layers\.(1[0-9]|2[0-3])\.mlp\.down_proj",
+        r"(.*\.)?(?!up_)\w+_proj",
+        r"(?:^|.*?\.)layers\.(?P<idx>\d+)\.",
+        "all-linear",
+        "|".join(re.escape(f"model.layers.{index}.mlp.down_proj") for index in range(500)),
+    ],
+)
+def test_patterns_that_people_write_are_taken(pattern):
+    check_pattern(pattern, "target_modules")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*b", "([a-z]+)*_", "a?" * 40 + "a" * 40, ".*.*.*.*.*x", r"(\w*\w*\.)+", "(a|aa){60}"]
+)
+def test_patterns_that_may_take_forever_are_refused(pattern):
+    with pytest.raises(ValueError, match="`target_modules` is a regular expression that may take forever"):
+        check_pattern(pattern, "target_modules")
+
+
+@pytest.mark.parametrize("pattern", ["(", "*a", "[z-a]", "(" * 100_000, "a{99999999999999999999}"])
+def test_patterns_that_are_none_are_refused(pattern):
+    with pytest.raises(ValueError, match="`x` is no regular expression that can be used"):
+        check_pattern(pattern, "x")

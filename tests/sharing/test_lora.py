@@ -419,6 +419,10 @@ def test_damaged_patches(tmp_path):
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith("star_neurons"))
     save_file({**tensors, key: torch.tensor([0, 1, 2, 3, 40], dtype=torch.int32)}, path)
+    with pytest.raises(ValueError, match="damaged: its tensors are not those that were saved"):
+        export_lora(tmp_path, tmp_path / "out")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "tensors_sha256": None}))
     with pytest.raises(ValueError, match=r"should be in \[0, 40\), got 40"):
         export_lora(tmp_path, tmp_path / "out")
     path.write_bytes(path.read_bytes()[:100])

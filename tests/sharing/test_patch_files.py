@@ -11,7 +11,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_star import StarConfig, loading
-from peft_star.sharing.patch_files import Patch, patch_folders, read_patch_modules, write_adapter
+from peft_star.sharing.patch_files import Patch, checksum, patch_folders, read_patch_modules, write_adapter
 from peft_star.tuner.layer import star_layers
 from support.tiny_models import MODELS, tiny_llama
 
@@ -51,10 +51,37 @@ def test_names_without_the_prefix_are_the_same_patch(directory: Path) -> None:
     assert Patch.read(directory).summary() == expected.summary()
 
 
-def test_other_tensors_are_named(directory: Path) -> None:
+def with_config(directory: Path, **values: object) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_other_tensors_are_named_by_the_configuration_or_refused(directory: Path) -> None:
     path = directory / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.lm_head.weight": torch.zeros(2, 2)}, path)
+    with_config(directory, tensors_sha256=None)
+    with pytest.raises(ValueError, match="holds base_model.model.lm_head.weight, which its configuration does not"):
+        Patch.read(directory)
+    with_config(directory, modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match="does not name"):
+        read_patch_modules(directory)
+    with_config(directory, modules_to_save=["lm_head"])
     assert Patch.read(directory).others == ("base_model.model.lm_head.weight",)
+
+
+def test_the_checksum_is_one_of_names_types_shapes_and_values() -> None:
+    tensors = {"base_model.model.b": torch.arange(4, dtype=torch.int32), "a": torch.ones(2, 2)}
+    same = {"a": torch.ones(2, 2), "b": torch.arange(8, dtype=torch.int32).view(4, 2).T[0] // 2}
+    assert checksum(tensors) == checksum(same) and len(checksum(tensors)) == 64
+    others = [
+        {**same, "a": torch.ones(4)},
+        {**same, "a": torch.ones(2, 2).view(torch.int32)},
+        {**same, "a": torch.ones(2, 2) * (1 + 2**-23)},
+        {"a": same["a"]},
+        {"a": same["a"], "c": same["b"]},
+    ]
+    assert len({checksum(item) for item in [same, *others]}) == 6
+    assert len(checksum({"a": torch.tensor(1.0, dtype=torch.bfloat16)})) == 64
 
 
 def test_layers_come_in_order_of_depth(tmp_path: Path) -> None:

@@ -148,3 +148,22 @@ def test_bad_values_in_a_file(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_neurons": -5}))
     with pytest.raises(ValueError, match="`num_neurons` should be a positive number"):
         PeftConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "("])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_strangers_pattern_is_never_run_before_it_is_looked_at(tmp_path, field, pattern):
+    """Also where the configuration is read by PEFT's own class, as transformers does."""
+    others = {"layers_to_transform": [0], "target_modules": ["a"]} if field == "layers_pattern" else {}
+    StarConfig(**others).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: pattern}))
+    for cls in (StarConfig, PeftConfig):
+        with pytest.raises(ValueError, match=f"`{field}` is (a|no) regular expression that"):
+            cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[None], [""], "score", [3], ["(a+)+"]])
+def test_modules_to_save_are_names(value):
+    with pytest.raises(TypeError, match="`modules_to_save` should be a list of names"):
+        StarConfig(modules_to_save=value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from datasets import Dataset
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PeftType,
     get_layer_status,
@@ -502,7 +504,12 @@ def test_reloading_the_weights_keeps_the_parameter_when_the_number_is_the_same(p
 ###############
 
 
-def tampered(folder: str, change) -> None:
+def tampered(folder: str, change, *, checksum: bool = False) -> None:
+    """Change tensors of a patch, which forgets its checksum, as those of earlier versions have none, or keeps it."""
+    if not checksum:
+        config = StarConfig.from_pretrained(folder)
+        config.tensors_sha256 = None
+        PeftConfig.save_pretrained(config, folder)
     path = os.path.join(folder, WEIGHTS)
     tensors = load_file(path)
     change(tensors)
@@ -529,8 +536,6 @@ BAD_PATCHES = {
     "nan": (_set(DELTA, torch.full((4, HEIGHT), torch.nan)), ValueError, "NaN or infinite"),
     "infinity": (_set(DELTA, torch.full((4, HEIGHT), -torch.inf)), ValueError, "NaN or infinite"),
     "integer delta": (_set(DELTA, torch.zeros(4, HEIGHT, dtype=torch.int32)), TypeError, "floating point"),
-    "missing index": (lambda tensors: tensors.pop(INDEX), ValueError, "lacks its `star_neurons`"),
-    "missing delta": (lambda tensors: tensors.pop(DELTA), ValueError, "lacks its `star_delta`"),
     "unknown module": (
         lambda tensors: tensors.__setitem__(DELTA.replace("layers.1", "layers.9"), tensors.pop(DELTA)),
         ValueError,
@@ -573,15 +578,130 @@ def test_bad_patches_alter_nothing(patch, kind):
 def test_transformers_refuses_bad_indices(patch, kind):
     change, error, message = BAD_PATCHES[kind]
     tampered(patch[0], change)
-    with pytest.raises((error, RuntimeError), match=message):
+    with pytest.raises((error, RuntimeError), match=f"{message}|names neurons that cannot be"):
         tiny_llama().load_adapter(patch[0], adapter_name="mine")
 
 
 @pytest.mark.parametrize("kind", ["too few indices", "wrong width", "transposed"])
 def test_transformers_refuses_tensors_of_wrong_shapes(patch, kind):
     tampered(patch[0], BAD_PATCHES[kind][0])
-    with pytest.raises(RuntimeError):
+    with pytest.raises((ValueError, RuntimeError)):
         tiny_llama().load_adapter(patch[0], adapter_name="mine")
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+STRANGERS = {
+    "an embedding": EMBEDDING,
+    "a base layer": f"base_model.model.{NAMES[1]}.base_layer.weight",
+    "another layer": "base_model.model.model.layers.0.self_attn.q_proj.weight",
+}
+
+
+@pytest.mark.parametrize("load", ["peft", "load_adapter", "transformers"])
+@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize("kind", sorted(STRANGERS))
+def test_a_patch_cannot_bring_a_weight_of_the_base(patch, kind, checksum, load):
+    key = STRANGERS[kind]
+    shape = (64, HEIGHT) if kind == "an embedding" else (HEIGHT, WIDTH if kind == "a base layer" else HEIGHT)
+    tampered(patch[0], _set(key, torch.zeros(shape)), checksum=checksum)
+    base = star() if load == "load_adapter" else tiny_llama()
+    before = {key: value.clone() for key, value in base.state_dict().items() if "star_" not in key}
+    with pytest.raises(ValueError, match=rf"holds \S*{re.escape(key.rpartition('.')[0])}.* does not name"):
+        if load == "peft":
+            PeftModel.from_pretrained(base, patch[0])
+        else:
+            base.load_adapter(patch[0], adapter_name="stranger")
+    now = [value for key, value in base.state_dict().items() if "star_" not in key]
+    assert len(now) == len(before) and all(map(torch.equal, now, before.values()))
+
+
+@pytest.mark.parametrize("load", ["peft", "transformers"])
+def test_a_module_to_save_does_not_bring_the_weight_of_the_base_that_it_stands_for(tmp_path, load):
+    star(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    tampered(str(tmp_path), _set("base_model.model.lm_head.original_module.weight", torch.zeros(64, HEIGHT)))
+    base = tiny_llama()
+    weight = base.lm_head.weight
+    with pytest.raises(ValueError, match="lm_head.original_module.weight, which its configuration does not name"):
+        PeftModel.from_pretrained(base, tmp_path) if load == "peft" else base.load_adapter(str(tmp_path))
+    assert weight.any()
+
+
+@pytest.mark.parametrize("saved", [[], ["embed_tokens"]])
+def test_embeddings_come_along_only_by_name(tmp_path, saved):
+    model = star(modules_to_save=saved or None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path, save_embedding_layers=not saved)
+    told = [str(item.message) for item in caught if "so it will not be loaded" in str(item.message)]
+    if saved:
+        assert not told and torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
+    else:
+        assert len(told) == 1 and "save_embedding_layers=False" in told[0]
+        with pytest.raises(ValueError, match="does not name"):
+            PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("gone", [[DELTA], [INDEX], [DELTA, INDEX]], ids=["delta", "index", "both"])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_peft_warns_of_modules_that_a_patch_lacks_and_leaves_them_alone(patch, gone, checksum, low_cpu_mem_usage):
+    tampered(patch[0], lambda tensors: [tensors.pop(key) for key in gone], checksum=checksum)
+    with pytest.warns(UserWarning, match="Found missing adapter keys while loading the checkpoint.*layers.1.mlp"):
+        model = PeftModel.from_pretrained(tiny_llama(), patch[0], low_cpu_mem_usage=low_cpu_mem_usage)
+    kept = load_file(os.path.join(patch[0], WEIGHTS))
+    for name, layer in layers(model).items():
+        expected = kept[f"base_model.model.{name}.star_delta"] if name != NAMES[1] else torch.zeros(4, HEIGHT)
+        assert torch.equal(layer.star_delta["default"], expected)
+    assert logits(model).isfinite().all()
+
+
+############
+# Checksum #
+############
+
+
+def flip(folder: str, key: str) -> None:
+    """Flip the lowest bit of a tensor's first number, which no other check can see."""
+
+    def change(tensors):
+        whole = tensors[key].view(torch.int32) if tensors[key].is_floating_point() else tensors[key]
+        whole.view(-1)[0] ^= 1
+
+    tampered(folder, change, checksum=True)
+
+
+@pytest.mark.parametrize("load", ["peft", "transformers"])
+@pytest.mark.parametrize("key", [DELTA, INDEX, "base_model.model.lm_head.weight"])
+def test_a_flipped_bit_is_found(tmp_path, key, load):
+    star(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    assert len(StarConfig.from_pretrained(tmp_path).tensors_sha256) == 64
+    flip(str(tmp_path), key)
+    with pytest.raises(ValueError, match="is damaged: its tensors are not those that were saved"):
+        if load == "peft":
+            PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        else:
+            tiny_llama().load_adapter(str(tmp_path), adapter_name="mine")
+
+
+def test_the_checksum_is_of_what_was_saved_last(tmp_path):
+    """A model that was loaded, changed and saved keeps no old checksum, nor does it hold one against a checkpoint."""
+    star().save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "first", is_trainable=True)
+    assert model.peft_config["default"].tensors_sha256 is None
+    randomize(model)
+    model.save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "second")), logits(model))
+    model.load_adapter(tmp_path / "first", "default")
+    first, second = (StarConfig.from_pretrained(tmp_path / name).tensors_sha256 for name in ("first", "second"))
+    assert first != second
+    again = get_peft_model(tiny_llama(), StarConfig.from_pretrained(tmp_path / "second"))
+    again.save_pretrained(tmp_path / "third")
+    again.load_adapter(tmp_path / "first", "default")
+
+
+def test_a_patch_without_a_checksum_loads(patch):
+    tampered(patch[0], lambda tensors: None)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), patch[0])), patch[1])
 
 
 def test_loading_over_a_merged_adapter_is_refused(patch):

@@ -269,7 +269,10 @@ def test_the_old_report_goes_and_the_fingerprint_comes(tmp_path):
     assert model.peft_config["default"].base_fingerprint == config["base_fingerprint"]
 
 
-def _edit(directory, change):
+def _edit(directory, change, **config):
+    """Change tensors of a patch, which forgets its checksum, and its configuration."""
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tensors_sha256": None, **config}))
     tensors = load_file(directory / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, directory / "adapter_model.safetensors")
@@ -300,7 +303,7 @@ def _extra(tensors):
         (_out_of_range, "should be in \\[0, 40\\), got 40"),
         (_nan, "is not finite"),
         (_other_width, "should have the shape \\(6, 16\\)"),
-        (_extra, "also holds whole modules"),
+        (_extra, "which its configuration does not name"),
     ],
 )
 def test_a_bad_patch_changes_nothing(change, message, tmp_path):
@@ -332,6 +335,13 @@ def test_what_cannot_be_swapped_is_said_in_a_sentence(tmp_path):
         swap_patch(model, directory)
     with pytest.raises(ValueError, match="holds `modules_to_save`"):
         swap_patch(model_with(default={**A, "modules_to_save": ["lm_head"]}), directory)
+
+
+def test_a_patch_with_whole_modules_cannot_be_swapped(tmp_path):
+    directory, _ = saved(tmp_path)
+    _edit(directory, _extra, modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="also holds whole modules"):
+        swap_patch(model_with(default=A), directory)
 
 
 def test_values_too_large_for_the_adapter_are_refused(tmp_path):

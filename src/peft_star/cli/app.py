@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.markup import escape
 
 from .. import __version__
 from ..loading import load_model
-from .console import quiet, status, stderr_console
+from .console import escape, quiet, status, stderr_console
 from .options import with_options
 
 EXIT_OK, EXIT_UNSOLVED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130

@@ -6,11 +6,12 @@ import contextlib
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging
@@ -20,6 +21,7 @@ from ..engine.distributed import is_main_process
 from ..report import PROBLEM_COLUMNS
 
 SHOWN_ROWS = 20
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the direction of a text
 
 
 def is_main() -> bool:
@@ -131,6 +133,14 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
             console.print(f"... and {len(report.failures) - SHOWN_ROWS} more, in the report.")
     else:
         console.print("No failing token: the model already says all of this.")
+    going_on = [row for row in report.rows if row.goes_on is not None]
+    if going_on:
+        table = Table("row", "completion", "goes on with", title="Behind the completions", title_justify="left")
+        for row in going_on[:SHOWN_ROWS]:
+            table.add_row(str(row.row), visible(row.completion), visible(row.goes_on))
+        console.print(table)
+        if len(going_on) > SHOWN_ROWS:
+            console.print(f"... and {len(going_on) - SHOWN_ROWS} more, in the report.")
     if report.tells_problems:
         table = Table("problem", *PROBLEM_COLUMNS, title="Problems", title_justify="left")
         for problem in report.problems[:SHOWN_ROWS]:
@@ -146,7 +156,7 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
         for item in report.broken[:SHOWN_ROWS]:
             table.add_row(
-                item.source, str(item.row), visible(item.context), visible(item.expected), visible(item.after)
+                visible(item.source), str(item.row), visible(item.context), visible(item.expected), visible(item.after)
             )
         console.print(table)
     figures = report.summary()
@@ -166,12 +176,27 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     table.add_row("tokens broken", str(figures["tokens_broken"]))
     if layers:
         table.add_row("patched", f"{figures['neurons']} neurons in {figures['layers']} layers")
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    phases = ", ".join(f"{visible(name)} {seconds:.1f}" for name, seconds in report.seconds.items())
     table.add_row("steps", str(figures["steps"]))
     table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
     console.print(table)
     if report.interrupted:
         console.print("[yellow]The repair was interrupted before it was done.[/]")
+
+
+def escape(text: str) -> str:
+    """A text of any origin as a terminal may be given it, without markup and without characters that move or turn what
+    is written, by which a stranger's patch could hide what it is. Line ends and tabs stay."""
+    return markup.escape("".join(_code_point(char) if _moves(char) else char for char in text))
+
+
+def _moves(char: str) -> bool:
+    return char not in "\n\t" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _DIRECTIONS)
+
+
+def _code_point(char: str) -> str:
+    number = ord(char)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
 
 
 def visible(text: str) -> str:

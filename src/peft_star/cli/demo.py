@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 from peft import get_peft_model
-from rich.markup import escape
 from rich.table import Table
 
 from .. import RepairArguments, StarConfig, repair
@@ -16,7 +15,7 @@ from ..failures import read_rows
 from ..loading import demo_model_path, load_model, load_patch
 from ..sharing.patch_files import check_patch_output
 from .app import EXIT_UNSOLVED, Json, Overwrite, PatchOutput, command, finish
-from .console import format_size, print_report, progress, quiet, status, stderr_console, visible
+from .console import escape, format_size, print_report, progress, quiet, status, stderr_console, visible
 from .patches import save_patch
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -87,7 +86,7 @@ def run_demo(output: Path, *, overwrite: bool = False, as_json: bool = False) ->
     console.print(table)
 
     console.rule("4. The patch, saved, and loaded on a fresh copy of the model", align="left")
-    size = save_patch(model, report, output, "peft-star demo")
+    size = save_patch(model, report, output, "peft-star demo", overwrite=overwrite)
     console.print(f"Saved to {escape(str(output))}: {format_size(size)}.", soft_wrap=True)
     del model, base
     with status(f"Loading {MODEL_NAME} again, and the patch", as_json), quiet():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -32,7 +31,7 @@ from .app import (
     finish,
     load_base,
 )
-from .console import quiet, status, stderr_console
+from .console import escape, quiet, status, stderr_console
 from .patches import FoundPatch, check_patches, find_patches
 from .spread import SpreadCommand
 

@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 from peft import PeftConfig
-from rich.markup import escape
 
 from ..files import bytes_of
 from ..loading import find_patch, read_patch_config
 from ..sharing.lora import patch_to_lora
 from ..sharing.patch_files import check_patch_output
 from .app import Json, Overwrite, Patch, Token, command, finish
-from .console import format_size, quiet, status, stderr_console
+from .console import escape, format_size, quiet, status, stderr_console
 
 FORMS = ("lora",)
 

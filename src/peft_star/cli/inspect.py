@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ..files import bytes_of
 from ..loading import REPORT_NAME, find_patch, read_patch_config, read_patch_modules
 from ..report import RepairReport
 from .app import Json, Patch, Token, command, finish
-from .console import format_size, print_report, stderr_console
+from .console import escape, format_size, print_report, stderr_console
 
 
 @command()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from ..files import bytes_of, check_output, new_directory
 from ..loading import load_patch
@@ -23,7 +22,7 @@ from .app import (
     finish,
     load_base,
 )
-from .console import format_size, quiet, status, stderr_console
+from .console import escape, format_size, quiet, status, stderr_console
 from .patches import check_patches, find_patches
 
 
@@ -53,7 +52,7 @@ def merge(
     for number, patch in enumerate(found):
         patched = load_patch(base, patch.directory, f"patch{number}")
         base = patched.merge_and_unload(safe_merge=True)
-    with status("Saving", as_json), new_directory(output) as temporary, quiet():
+    with status("Saving", as_json), new_directory(output, overwrite) as temporary, quiet():
         base.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     size = bytes_of(output)

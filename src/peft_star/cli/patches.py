@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
+from peft import get_peft_model_state_dict
 
-from ..files import bytes_of, new_directory
+from ..files import KeptElsewhere, bytes_of, new_directory
 from ..loading import REPORT_NAME, check_fit, find_patch, read_patch_config
 from ..models.fingerprint import check_base
+from ..models.names import PEFT_PREFIX
 from ..report import RepairReport
 from ..sharing.card import PLOT_NAME, write_card
+from ..sharing.download import first_sentence
 from ..sharing.hub import push
-from .console import quiet, status, stderr_console
+from ..sharing.patch_files import write_adapter
+from .app import EXIT_INTERRUPTED, fail
+from .console import escape, quiet, status, stderr_console
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,66 @@ def check_patches(base: Any, patches: list[FoundPatch], allow_other_base: bool, 
             raise ValueError(f"{patch.name}: {error} (--allow-other-base {does} it all the same.)") from error
 
 
-def save_patch(model: Any, report: RepairReport, path: Path, command: str | None = None) -> int:
+def save_patch(
+    model: Any, report: RepairReport, path: Path, command: str | None = None, *, overwrite: bool = False
+) -> int:
     """Write a patch with its report and card, complete or not at all, and return its size in bytes.
 
-    `command` is what made the patch, for the card.
+    Args:
+        model: It holds the patch.
+        report: What its repair reported.
+        path: The directory to write.
+        command: What made the patch, for the card.
+        overwrite: Whether what `path` holds may be replaced.
+
+    Raises:
+        OSError: It could not be written; the message says where the patch is kept instead.
     """
-    with new_directory(path) as temporary:
-        with quiet():
-            model.save_pretrained(temporary)
-        report.save(temporary / REPORT_NAME)
-        with contextlib.suppress(ImportError):  # matplotlib is an extra
-            report.plot(temporary / PLOT_NAME)
-        write_card(temporary, report, command=command)
+    try:
+        with new_directory(path, overwrite) as temporary:
+            with quiet():
+                # nothing resizes embeddings here, and to look whether something did PEFT asks the Hub
+                model.save_pretrained(temporary, save_embedding_layers=False)
+            report.save(temporary / REPORT_NAME)
+            with contextlib.suppress(ImportError):  # matplotlib is an extra
+                report.plot(temporary / PLOT_NAME)
+            write_card(temporary, report, command=command)
+    except KeptElsewhere:
+        raise
+    except KeyboardInterrupt:
+        fail(f"Interrupted while saving; the patch is kept in {keep_patch(model, report, path)}.", EXIT_INTERRUPTED)
+    except Exception as error:
+        kept = keep_patch(model, report, path)
+        reason = first_sentence(error).rstrip(".")
+        raise OSError(f"The patch could not be saved in {path} ({reason}); it is kept in {kept}.") from error
     return bytes_of(path)
+
+
+def keep_patch(model: Any, report: RepairReport, path: Path) -> Path:
+    """Write the patch and its report, and nothing else that could fail, beside `path` or else among temporary files.
+
+    Returns:
+        The new directory.
+    """
+    path = path.expanduser().absolute()
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    for parent in (path.parent, Path(tempfile.gettempdir())):
+        directory = None
+        try:
+            directory = Path(tempfile.mkdtemp(prefix=f"{path.name[:100]}.kept-", dir=parent))
+            write_adapter(directory, {}, tensors)
+            config = copy.copy(model.peft_config["default"])
+            config.inference_mode, config.lora_twin = True, False
+            config.save_pretrained(directory)  # in the place of the empty one
+        except Exception:  # a full disk is one of safetensors' own kind
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
+            continue
+        with contextlib.suppress(Exception):  # what went wrong before may do so again
+            report.save(directory / REPORT_NAME)
+        return directory
+    raise OSError(f"The patch could not be saved in {path}, nor beside it, nor among temporary files.")
 
 
 def push_patch(directory: Path, repo: str, as_json: bool, **kwargs: Any) -> str:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from peft import get_peft_model
-from rich.markup import escape
 
 from .. import RepairArguments, RepairInterrupted, StarConfig
 from .. import repair as run_repair
@@ -34,7 +33,7 @@ from .app import (
     finish,
     load_base,
 )
-from .console import format_size, is_main, print_report, progress, quiet, stderr_console
+from .console import escape, format_size, is_main, print_report, progress, quiet, stderr_console
 from .options import options_of, parse_amount
 from .patches import push_patch, save_patch
 
@@ -127,7 +126,7 @@ def repair(
     words += ARGUMENTS.words(arguments)
     words += ["--dtype", dtype] if dtype != DTYPE else []
     words += ["--revision", revision] if revision else []
-    size = save_patch(patched, report, output, shlex.join(words))
+    size = save_patch(patched, report, output, shlex.join(words), overwrite=overwrite)
 
     result = {**report.to_dict(), "patch": str(output), "bytes": size, "pushed_to": None}
     if not as_json:

@@ -154,6 +154,9 @@ def make_report(run: Run, case: Case, before: Seen, after: Seen, interrupted: bo
             report.broken += records.broken()
             if source == "failures":
                 report.failures = records.failures()
+                for record in report.rows:
+                    if record.row in after.goes_on:
+                        record.goes_on = _text(run.subject.tokenizer, after.goes_on[record.row])
     report.problems = problem_records(report, case.rows, journal, run.subject.tokenizer)
     return report
 

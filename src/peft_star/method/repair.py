@@ -57,8 +57,8 @@ def repair(
         model: A `PeftModel` from `get_peft_model(base, StarConfig(...))` or `PeftModel.from_pretrained`.
         tokenizer: Its tokenizer.
         failures: Rows `{"prompt", "completion"}`, strings or lists of chat messages; a list or a `datasets.Dataset`.
-            They may carry `focus` (a text span of the prompt, or a list of spans, that the problem is about) and
-            `problem` (a name), too.
+            They may carry `focus` (a text span of the prompt, or a list of spans, that the problem is about),
+            `problem` (a name) and `end` (whether the model is to stop where the completion does), too.
         args: How to run; defaults to `RepairArguments()`.
         retain: Rows of the same form that must stay as they are; tokens of theirs that break join the loss.
         related: Rows of the same form that are only looked at, for the report to say how far the repair carries over.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..engine.batch import Batch, completion_offsets, make_batches
@@ -10,8 +10,12 @@ from ..engine.engine import Engine
 from ..engine.passes import generate, predict
 from ..engine.predictions import Predictions
 from ..failures import Row
+from ..models.inputs import context_length
 from .subject import Run
 from .trace import Trace, trace
+
+BEHIND = 16  # tokens behind a completion that are shown of what the model goes on to say
+MOST_BEHIND = 50  # rows of which that is looked at, as many as a report shows
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,12 @@ def _batches_from(engine: Engine, rows: Sequence[Row], start: int) -> tuple[Batc
 @dataclass
 class Seen:
     """What the model said: predictions (S) at the completion tokens, with those of related rows behind them once
-    these were looked at, and by source the generated tokens of each row (empty: nothing was generated)."""
+    these were looked at, and by source the generated tokens of each row (empty: nothing was generated). `goes_on`: by
+    index of a failures' row the tokens that the model says behind its completion, where these were looked at."""
 
     predictions: Predictions
     generated: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    goes_on: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def look_before(run: Run, case: Case) -> tuple[Seen, Trace | None]:
@@ -113,7 +119,10 @@ def verify(run: Run, case: Case, after: Predictions | None, with_generation: boo
         now = predict(engine, case.batches, case.nothing_seen()) if after is None else after.copy()
         predict(engine, case.retained_batches, now)
         now = _with_related(run, case, now) if case.related else now
-        return Seen(now, generate_all(run, case) if with_generation else {})
+        if not with_generation:
+            return Seen(now)
+        generated = generate_all(run, case)
+        return Seen(now, generated, look_behind(run, case.rows, generated["failures"]))
 
 
 def generate_all(run: Run, case: Case) -> dict[str, list[tuple[int, ...]]]:
@@ -124,6 +133,25 @@ def generate_all(run: Run, case: Case) -> dict[str, list[tuple[int, ...]]]:
         for source, (rows, _) in case.parts.items()
         if rows
     }
+
+
+def look_behind(run: Run, rows: Sequence[Row], generated: Sequence[tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    """What the model goes on to say behind completions that it generates right, up to `BEHIND` tokens, by row.
+
+    Only the first `MOST_BEHIND` are looked at. Rows that say where their completion ends are right only when the model
+    stops there.
+    """
+    limit = context_length(run.subject.base)
+    longer = []
+    for row, tokens in zip(rows, generated):
+        room = BEHIND if limit is None else min(BEHIND, limit - len(row))
+        if tokens == row.completion_ids and not row.ended and room > 0:
+            # of a row's completion generation reads only how long it is
+            longer.append(replace(row, prompt_ids=row.input_ids, completion_ids=(0,) * room))
+    longer = longer[:MOST_BEHIND]
+    if not longer:
+        return {}
+    return dict(zip((row.index for row in longer), generate(run.engine, run.subject.tokenizer, longer)))
 
 
 def _own_rows(run: Run, case: Case) -> int:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..files import recover
 from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, REPORT_NAME
 
 # By these words in their names are errors of the network known: httpx, httpx2 and requests share no kind.
@@ -59,6 +60,8 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
         OSError: The Hub has no such patch, refused it or did not answer.
     """
     path = Path(patch).expanduser()
+    if not path.exists():
+        recover(path)
     if path.is_dir():
         return path
     if path.is_file():

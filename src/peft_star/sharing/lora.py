@@ -63,6 +63,7 @@ def write_lora(
     Raises:
         ValueError: The patch holds what a plain LoRA cannot, it does not say how wide its modules are, its values are
             not valid, or `out_dir` cannot be written.
+        OSError: `out_dir` was written to in the meantime; the message says where the adapter is kept.
     """
     path = Path(out_dir).expanduser()
     if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -75,7 +76,7 @@ def write_lora(
     counts = [neurons.numel() for neurons in patch.neurons.values()]
     rank = max(counts)
     config = _lora_config(patch, rank, fan_in_fan_out)
-    with new_directory(path) as temporary:
+    with new_directory(path, overwrite) as temporary:
         write_adapter(temporary, config, _lora_tensors(patch, widths, rank))
         card = lora_card(rank, counts, patch.config.get("base_model_name_or_path"))
         (temporary / CARD_NAME).write_text(card, encoding="utf-8")

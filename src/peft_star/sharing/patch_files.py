@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..files import check_output, write_json
-from ..models.names import PEFT_PREFIX
+from ..files import check_output, read_json, write_json
+from ..models.names import PEFT_PREFIX, plain_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -25,6 +26,8 @@ LORA_DIR = "lora"
 
 INDEX_DTYPE = torch.int32
 NEURONS, DELTA = "star_neurons", "star_delta"
+BASE_PARTS = {"original_module", "base_layer"}
+CHECKSUM = "tensors_sha256"  # where the configuration keeps what `checksum` says
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,15 @@ class Patch:
         """Read a patch from a directory, and check what can be checked without its base model.
 
         Raises:
-            ValueError: The directory holds no STAR patch, or a damaged one.
+            ValueError: The directory holds no STAR patch, a damaged one, or one with tensors that its configuration
+                does not name.
         """
-        return cls(read_patch_config(directory), *_read_tensors(directory / WEIGHTS_NAME))
+        config, path = read_patch_config(directory), directory / WEIGHTS_NAME
+        tensors = read_tensors(path)
+        patch = cls(config, *_sort_tensors(tensors, path))
+        check_names(patch.others, config.get("modules_to_save"), str(path))
+        check_checksum(tensors, config.get(CHECKSUM), str(path))
+        return patch
 
     def check(self, shapes: Mapping[str, tuple[int, int]], where: str = "") -> Patch:
         """Hold the patch against the modules that it is for.
@@ -97,12 +106,15 @@ def read_patch_config(directory: Path) -> dict[str, Any]:
         is_model = (directory / "config.json").is_file()
         raise ValueError(f"{directory} holds {'a model' if is_model else 'no patch'}: it has no {CONFIG_NAME}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type != "STAR":
         raise ValueError(f"{directory} holds an adapter of type {peft_type}, not a STAR patch.")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(map(is_module_name, saved))):
+        raise ValueError(f"{path} is damaged: its `modules_to_save` is no list of names of modules.")
     return config
 
 
@@ -110,10 +122,84 @@ def read_patch_modules(directory: Path) -> tuple[list[dict[str, Any]], list[str]
     """What a patch holds: one entry for each patched module, and the names of other tensors (`modules_to_save`).
 
     Raises:
-        ValueError: The weights are missing, damaged, or not those of a STAR patch.
+        ValueError: As of [`Patch.read`].
     """
-    patch = Patch({}, *_read_tensors(directory / WEIGHTS_NAME))
+    patch = Patch.read(directory)
     return patch.summary(), list(patch.others)
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The SHA-256 of a patch's tensors, whatever their order and devices: their names, data types, shapes and bytes.
+
+    Args:
+        tensors: By names as in the file; what wrappers and PEFT put before a module's name does not count.
+    """
+    digest = hashlib.sha256()
+    plain = [(plain_name(name), tensor) for name, tensor in tensors.items()]
+    for name, tensor in sorted(plain, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_names(others: Iterable[str], modules_to_save: Iterable[str] | None, what: str) -> None:
+    """Refuse tensors other than neurons and deltas, unless `modules_to_save` names them: a patch could replace any
+    weight of its base.
+
+    Args:
+        others: The names of tensors that are neither neurons nor deltas.
+        modules_to_save: As the patch's configuration says.
+        what: What is refused, for the message.
+
+    Raises:
+        ValueError: One sentence.
+    """
+    foreign = foreign_tensors(others, modules_to_save)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ValueError(
+            f"{what} holds {foreign[0]}{more}, which its configuration does not name; a patch may hold nothing but "
+            "the neurons and deltas of its modules, and its `modules_to_save`."
+        )
+
+
+def check_checksum(tensors: Mapping[str, torch.Tensor], expected: str | None, what: str) -> None:
+    """Refuse tensors, by names as in the file, that are not those that were saved; earlier patches know no checksum.
+
+    Raises:
+        ValueError: One sentence.
+    """
+    if expected is not None and expected != checksum(tensors):
+        raise ValueError(f"{what} is damaged: its tensors are not those that were saved (their checksum differs).")
+
+
+def foreign_tensors(names: Iterable[str], modules_to_save: Iterable[str] | None) -> list[str]:
+    """Those of the tensors that lie in no module that PEFT takes for one of `modules_to_save`: by the end of its
+    name."""
+    saved = tuple(modules_to_save or ())
+    return [name for name in names if not saved or not _lies_in(name, saved)]
+
+
+def _lies_in(name: str, saved: tuple[str, ...]) -> bool:
+    # beside a module that is saved PEFT keeps the base model's, by a name of its own
+    of_base = not BASE_PARTS.isdisjoint(plain_name(name).split("."))
+    return not of_base and any(owner.endswith(saved) for owner in _owners(name))
+
+
+def is_module_name(name: Any) -> bool:
+    """Whether a value of a configuration can be the name of a module, or the end of one."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) is not None
+
+
+def is_own(name: str) -> bool:
+    """Whether a tensor is a patch's own by its name: neurons or a delta."""
+    return name.rpartition(".")[2] in (NEURONS, DELTA)
+
+
+def _owners(name: str) -> list[str]:
+    """The plain names of the modules that a tensor lies in."""
+    parts = plain_name(name).split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def is_patch(directory: Path) -> bool:
@@ -210,14 +296,24 @@ def _is_integral(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], tuple[str, ...]]:
-    """The neurons and the deltas in a file by module, and the names of other tensors."""
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a file, by the names that they have there.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged.
+    """
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no {path.name}.")
     try:
-        tensors = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def _sort_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], tuple[str, ...]]:
+    """The neurons and the deltas among the tensors of a file, by module, and the names of the others."""
     parts: dict[str, dict[str, torch.Tensor]] = {NEURONS: {}, DELTA: {}}
     others = []
     for key, tensor in tensors.items():

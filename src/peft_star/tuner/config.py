@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +13,17 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..models.names import check_pattern
 from ..sharing.lora import patch_to_lora
-from ..sharing.patch_files import LORA_DIR, WEIGHTS_NAME
+from ..sharing.patch_files import (
+    LORA_DIR,
+    WEIGHTS_NAME,
+    checksum,
+    foreign_tensors,
+    is_module_name,
+    is_own,
+    read_tensors,
+)
 
 LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
@@ -121,6 +132,9 @@ class StarConfig(PeftConfig):
         base_fingerprint (`Optional[str]`, *optional*):
             What [`fingerprint`] says of the base weights that the patch was solved for. A repair records it; loading
             the patch onto other weights warns.
+        tensors_sha256 (`Optional[str]`, *optional*):
+            The checksum of the tensors beside a saved configuration. Saving writes it, and loading refuses tensors
+            that it does not fit; a model that has loaded them keeps none. Setting it has no effect.
 
     Raises:
         ValueError: A value is out of its range or unknown.
@@ -241,6 +255,10 @@ class StarConfig(PeftConfig):
         default=None,
         metadata={"help": "The fingerprint of the base weights that the patch was solved for. A repair records it."},
     )
+    tensors_sha256: str | None = field(
+        default=None,
+        metadata={"help": "The checksum of the tensors beside a saved configuration. Saving writes it."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -268,8 +286,11 @@ class StarConfig(PeftConfig):
         if self.neurons_per_module is not None:
             self.neurons_per_module = _check_counts("neurons_per_module", self.neurons_per_module)
         self._check_in_features()
-        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
-            raise TypeError(f"`base_fingerprint` should be a string, got {self.base_fingerprint!r}.")
+        for name in ("base_fingerprint", "tensors_sha256"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(f"`{name}` should be a string, got {getattr(self, name)!r}.")
+        self._check_modules_to_save()
+        self._check_patterns()
 
     def _check_layers_to_transform(self) -> None:
         if isinstance(self.layers_to_transform, (list, tuple, set)):
@@ -283,6 +304,26 @@ class StarConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def _check_modules_to_save(self) -> None:
+        names = self.modules_to_save
+        if names is None:
+            return
+        # PEFT compares ends of names, of which "" is one of all, and makes parts of patterns of them
+        if not isinstance(names, (list, tuple, set)) or not all(is_module_name(name) for name in names):
+            raise TypeError(f"`modules_to_save` should be a list of names of modules, got {names!r}.")
+
+    def _check_patterns(self) -> None:
+        patterns = self.layers_pattern if isinstance(self.layers_pattern, (list, tuple)) else [self.layers_pattern]
+        for name, values in (
+            ("target_modules", [self.target_modules]),
+            ("exclude_modules", [self.exclude_modules]),
+            # PEFT puts as much around it
+            ("layers_pattern", [rf".*?\.{value}\.\d+\." if isinstance(value, str) else value for value in patterns]),
+        ):
+            for value in values:
+                if isinstance(value, str):
+                    check_pattern(value, name)
 
     def _check_layer_selection(self) -> None:
         if isinstance(self.layer_selection, str):
@@ -317,14 +358,32 @@ class StarConfig(PeftConfig):
                 )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration and, if asked for, the LoRA twin beside it.
+        """Save the configuration with the checksum of the tensors beside it and, if asked for, the LoRA twin.
 
         `PeftModel.save_pretrained` calls this when the weights are written.
         """
-        super().save_pretrained(save_directory, **kwargs)
         directory = Path(save_directory)
-        if self.lora_twin and (directory / WEIGHTS_NAME).is_file():
+        has_tensors = (directory / WEIGHTS_NAME).is_file()
+        # whatever the model loaded, it has been saved anew: no checksum stays with it
+        self.tensors_sha256 = None
+        saved = copy.copy(self)
+        if has_tensors:
+            tensors = read_tensors(directory / WEIGHTS_NAME)
+            saved.tensors_sha256 = checksum(tensors)
+            self._warn_of_foreign(tensors)
+        super(StarConfig, saved).save_pretrained(save_directory, **kwargs)
+        if self.lora_twin and has_tensors:
             patch_to_lora(directory, directory / LORA_DIR, overwrite=True)
+
+    def _warn_of_foreign(self, tensors: dict[str, Any]) -> None:
+        """PEFT adds embeddings that were resized, or that it was asked for."""
+        foreign = foreign_tensors((name for name in tensors if not is_own(name)), self.modules_to_save)
+        if foreign:
+            warnings.warn(
+                f"The saved patch also holds {', '.join(foreign)}, so it will not be loaded: save with "
+                "`save_embedding_layers=False`, or name the modules in `modules_to_save`.",
+                stacklevel=4,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; sets become sorted lists, so that saved files are reproducible."""

@@ -5,24 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
-from peft.utils.other import _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..models import structure
 from ..models.fingerprint import warn_of_other_base
 from ..models.names import condense, own_keys, plain_name, select
 from ..models.quantized import mend_packing
 from ..sharing.hub import keep_own_card
-from ..sharing.patch_files import DELTA, INDEX_DTYPE, NEURONS, check_delta, check_neurons
+from ..sharing.patch_files import (
+    DELTA,
+    INDEX_DTYPE,
+    NEURONS,
+    WEIGHTS_NAME,
+    Patch,
+    check_checksum,
+    check_delta,
+    check_names,
+    check_neurons,
+    is_patch,
+)
 from .config import StarConfig
 from .experts import Experts
-from .layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, execution_device, star_layers
+from .layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, execution_device, spread_neurons, star_layers
 
 
 def record_counts(config: StarConfig, counts: dict[str, int]) -> None:
@@ -64,6 +77,39 @@ def _patched_neurons(
         if used.any():
             found[name] = layer.star_neurons[adapter_name][used].cpu(), delta[used].clone()
     return found
+
+
+def _saved_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """The tensors of `modules_to_save`: from their names in the model to those in a saved patch."""
+    return {
+        f"{name}.{ours}".removeprefix("_fsdp_wrapped_module."): f"{name}.{saved}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for saved, ours in module.adapter_state_dict_load_map(adapter_name).items()
+    }
+
+
+def _load_checked(*args: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> Any:
+    """Transformers' `PreTrainedModel._load_pretrained_model`, after a look at patches that are to be loaded.
+
+    Raises:
+        ValueError: A patch is damaged, or holds tensors that its configuration does not name.
+    """
+    for path in map(Path, checkpoint_files or ()):
+        if is_patch(path.parent):
+            if path.name != WEIGHTS_NAME:
+                raise ValueError(f"{path} cannot be checked; a patch keeps its tensors in {WEIGHTS_NAME}.")
+            Patch.read(path.parent)
+    return PreTrainedModel._load_pretrained_model(*args, checkpoint_files=checkpoint_files, **kwargs)
+
+
+def _make_identity(layer: StarLayer, adapter_name: str) -> None:
+    """Give an adapter of a layer a delta of zero in the place of a random one, or of none at all (meta)."""
+    delta = layer.star_delta[adapter_name]
+    zeros = torch.zeros_like(delta, device="cpu" if delta.is_meta else delta.device)
+    layer.star_delta[adapter_name] = nn.Parameter(zeros, requires_grad=delta.requires_grad)
+    if delta.is_meta:
+        layer.star_neurons[adapter_name] = spread_neurons(len(delta), layer.in_features)
 
 
 def _neuron_shape(target: nn.Module) -> tuple[int, int]:
@@ -151,6 +197,10 @@ class StarModel(BaseTuner):
         config = self.peft_config[adapter_name]
         warn_of_other_base(self.model, config.to_dict())
         mend_packing(self.model)
+        if isinstance(self.model, PreTrainedModel):
+            # transformers' own `load_adapter` takes over any tensor that the model has, base weights included, and
+            # asks neither PEFT nor the tuner; what is set here knows no model, so it can be copied and pickled
+            self.model._load_pretrained_model = _load_checked
         _record_widths(config, star_layers(self.model, adapter_name))
 
     def _create_and_replace(
@@ -396,9 +446,12 @@ class StarModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Map the keys of a patch to those of the model, check the patch, and make room for its tensors.
 
+        A module of which the patch lacks its neurons, its delta or both is left as without the patch; PEFT reports
+        what is missing.
+
         Raises:
-            ValueError: The patch is not valid for this model; the message names the module. No tensor of the model
-                has been changed then.
+            ValueError: The patch is not valid for this model, its checksum does not fit, or it holds tensors that its
+                configuration does not name; the message says which. No tensor of the model has been changed then.
             TypeError: The patch holds tensors of wrong types.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -415,24 +468,34 @@ class StarModel(BaseTuner):
                     f"The patch holds `{attribute}` of the module {module_name}, which the model does not have or "
                     "which `target_modules` does not select."
                 )
+        saved = _saved_names(model, adapter_name)
+        check_names([key for key in remapped if key not in wanted_keys and key not in saved], None, "The patch")
 
         # check everything before anything is changed
         loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, layer in layers.items():
             delta_key, neurons_key = (f"{name}.{attribute}.{adapter_name}" for attribute in (DELTA, NEURONS))
             delta, neurons = remapped.get(delta_key), remapped.get(neurons_key)
-            if delta is None and neurons is None:
-                continue  # PEFT reports missing keys
-            module = plain_name(name)
             if delta is None or neurons is None:
-                missing = DELTA if delta is None else NEURONS
-                raise ValueError(f"The patch of the module {module} lacks its `{missing}`.")
+                continue
+            module = plain_name(name)
             if adapter_name in layer.merged_adapters:
                 raise ValueError(f"Adapter {adapter_name} cannot be loaded while it is merged. Unmerge it first.")
             checked = check_neurons(neurons, layer.in_features, f"the module {module}")
             check_delta(delta, checked.numel(), layer.out_features, f"the module {module}")
             loaded[name] = (checked, delta)
+        if len(loaded) == len(layers):  # else PEFT has something to report anyway
+            as_saved = {saved.get(key, key): tensor for key, tensor in state_dict.items()}
+            check_checksum(as_saved, config.tensors_sha256, "The patch")
+        # the adapter may get other tensors later on, such as a checkpoint's
+        config.tensors_sha256 = None
 
+        for name in layers.keys() - loaded.keys():
+            # PEFT reports missing keys; one without the other means nothing
+            for attribute in (DELTA, NEURONS):
+                remapped.pop(f"{name}.{attribute}.{adapter_name}", None)
+            if not config.init_weights or layers[name].star_delta[adapter_name].is_meta:
+                _make_identity(layers[name], adapter_name)
         counts = {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()}
         resized = False
         for name, (neurons, _) in loaded.items():
