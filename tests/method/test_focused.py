@@ -6,7 +6,8 @@ import torch
 from peft_star import RepairArguments, RepairCallback, RepairInterrupted, repair
 from peft_star.failures import encode_rows
 from peft_star.method import focused
-from peft_star.method.focused import FLOOR, WEIGHT, shielded
+from peft_star.method.background import FLOOR
+from peft_star.method.focused import WEIGHT, shielded
 from support.words import QUICK, RETAIN, ROWS, star, word_tokenizer
 
 FOCUSED = [{**ROWS[0], "focus": "w9 w11"}, {**ROWS[1], "focus": "w30 w31"}]
@@ -126,7 +127,7 @@ def test_a_focus_is_looked_for_behind_other_texts_too(tokenizer):
             pass
 
     Given.subject.tokenizer = tokenizer
-    named = focused._named(Given, row)
+    named = focused._named(Given, row, slice(0, 1))
     for site, count in ((named.site, len(focused.FRONT)), (named.searched, focused.SEARCHED)):
         assert [version.prompt_ids[places[0]] for version, places in zip(site.rows, site.positions)] == [
             row.prompt_ids[2]
@@ -157,3 +158,44 @@ def test_a_focus_with_nothing_to_protect(tokenizer, monkeypatch):
     row = {"prompt": "w9", "completion": " w20", "focus": "w9"}
     report = repair(star(num_layers=1), tokenizer, [row], RepairArguments(background=0, learning_rate=0.05, **QUICK))
     assert report.failures and report.num_solved == len(report.failures)
+
+
+def test_what_is_still_wanting_is_asked_for_more(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    monkeypatch.setattr(focused, "MORE", 10.0)
+    found, asked = focused.find_targets, []
+
+    def weak(*args):
+        first, second = found(*args)
+        return [1e-3 * first, second]
+
+    spread = focused._Reader.spread
+
+    def watched(self, layers, named, targets, *args):
+        asked.append(targets.norm(dim=-1))
+        spread(self, layers, named, targets, *args)
+
+    monkeypatch.setattr(focused, "find_targets", weak)
+    monkeypatch.setattr(focused._Reader, "spread", watched)
+    repair(star(num_layers=1, num_neurons=32), tokenizer, FOCUSED, RepairArguments(learning_rate=0.05, **QUICK))
+    assert len(asked) == focused.ROUNDS
+    torch.testing.assert_close(asked[1][0], 10 * asked[0][0])
+
+
+def test_what_retained_rows_show_is_protected(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    parts = []
+    plain = focused.shielded
+
+    def watched(values, part, ridge):
+        parts.append(part)
+        return plain(values, part, ridge)
+
+    monkeypatch.setattr(focused, "shielded", watched)
+    arguments = RepairArguments(background=0, learning_rate=0.05, **QUICK)
+    repair(star(num_layers=1), tokenizer, FOCUSED, arguments)
+    assert parts[0] is None
+    parts.clear()
+    repair(star(num_layers=1), tokenizer, FOCUSED, arguments, retain=RETAIN)
+    (row,) = encode_rows(RETAIN, tokenizer)
+    assert len(parts[0]) == len(row)

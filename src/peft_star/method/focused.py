@@ -48,17 +48,16 @@ NEURONS, NEURONS_PER_SITE = 4, 16
 ROUNDS, MORE = 3, 1.4
 # weight of the mean over the background beside one site's neurons: MEMIT's
 WEIGHT = 100.0
-# ε of that mean, relative to its diagonal's: a short text does not show every direction
-FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
 class Named:
-    """A row's focus: its site, for the search and behind more texts for the keys."""
+    """A row's focus: its site, for the search and behind more texts for the keys; and the row's slots."""
 
     row: Row
     searched: Site
     site: Site
+    slots: slice
 
 
 def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) -> Predictions | None:
@@ -78,12 +77,11 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
     run = replace(run, engine=replace(run.engine, replay=nullcontext))
     failing = {int(slot) for slot in goal.task.medium.nonzero()[:, 0]}
     starts = completion_offsets(rows)
-    spans = [
-        (start, end)
+    named = [
+        _named(run, row, slice(start, end))
         for row, start, end in zip(rows, starts, starts[1:])
         if row.focus and failing.intersection(range(start, end))
     ]
-    named = [_named(run, row) for row, start in zip(rows, starts) if (start, start + len(row.completion_ids)) in spans]
     if not named:
         return None
     layers_of_model = [name for name, _ in structure.find_decoder_layers(run.subject.base)]
@@ -99,21 +97,19 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
         protection = reader.protection(retained)
         unpatched = reader.at_sites(named)
         layers = run.subject.hold(reader.locate(unpatched[0], protection))
-    rows_of_sites = torch.tensor([number for number, one in enumerate(named) for _ in range(one.site.size)])
     deltas = [layer.delta for layer in layers]
     with run.journal.phase("patch", ROUNDS), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
-        targets, least = torch.cat(found), goal.task.wanting(goal.before)
+        least = goal.task.wanting(goal.before).sum()
         for step in range(1, ROUNDS + 1):
-            reader.spread(layers, named, targets, protection, unpatched)
+            reader.spread(layers, named, torch.cat(found), protection, unpatched)
             now, loss = goal.look(run.engine)
             wanting = goal.task.wanting(now)
-            if wanting.sum() < least.sum():
-                least = wanting
+            if wanting.sum() < least:
+                least = wanting.sum()
                 best.offer(step, now, loss)
-            if not wanting.any():
+            if not least:
                 break
-            short = torch.tensor([bool(wanting[start:end].any()) for start, end in spans])
-            targets = torch.where(short[rows_of_sites][:, None].to(targets.device), MORE * targets, targets)
+            found = [MORE * delta if wanting[one.slots].any() else delta for one, delta in zip(named, found)]
     if best.score is None:
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
@@ -134,7 +130,7 @@ def _band(run: Run, names: Sequence[str]) -> list[str]:
     return [name for name in found if structure.routed_shape(run.subject.base.get_submodule(name)) is None]
 
 
-def _named(run: Run, row: Row) -> Named:
+def _named(run: Run, row: Row, slots: slice) -> Named:
     tokenizer = run.subject.tokenizer
     begin = 1 if row.prompt_ids[0] == tokenizer.bos_token_id else 0
     rows, positions = [], []
@@ -144,7 +140,7 @@ def _named(run: Run, row: Row) -> Named:
         rows.append(Row(len(rows), "", "", ids, row.completion_ids))
         positions.append(tuple(last + len(front) for last in row.focus))
     searched = Site(tuple(rows[:SEARCHED]), tuple(positions[:SEARCHED]))
-    return Named(row, searched, Site(tuple(rows), tuple(positions)))
+    return Named(row, searched, Site(tuple(rows), tuple(positions)), slots)
 
 
 class _Reader:
@@ -255,8 +251,9 @@ def shielded(values: torch.Tensor, part: torch.Tensor | None, ridge: float) -> t
         ridge: A ridge besides, relative to the system's diagonal, for sites that are alike.
     """
     moment = values.new_zeros(values.shape[1], values.shape[1]) if part is None else part.T @ part
-    floor = moment.diagonal().mean() if part is not None and part.any() else values.square().mean()
-    moment.diagonal().add_(FLOOR * floor.clamp(min=torch.finfo(torch.float32).tiny))
+    # where nothing was ever shown, the sites' own size is all that there is to go by
+    shown = moment.diagonal().mean()
+    moment.diagonal().add_(floor_of(shown if shown > 0 else values.square().mean()))
     factor = torch.linalg.cholesky(moment)
     white = torch.linalg.solve_triangular(factor, values.T, upper=False)
     gram = white.T @ white
