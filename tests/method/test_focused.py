@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from peft_star import RepairArguments, RepairCallback, RepairInterrupted, repair
-from peft_star.failures import Row, encode_rows
+from peft_star.failures import encode_rows
 from peft_star.method import focused
 from peft_star.method.background import FLOOR
-from peft_star.method.focused import whitened
-from peft_star.method.targets import LARGEST, Site, find_target
-from support.modules import hooks
-from support.words import QUICK, RETAIN, ROWS, decided, star, word_tokenizer
+from peft_star.method.focused import WEIGHT, shielded
+from support.words import QUICK, RETAIN, ROWS, star, word_tokenizer
 
 FOCUSED = [{**ROWS[0], "focus": "w9 w11"}, {**ROWS[1], "focus": "w30 w31"}]
 NAMES = [f"model.layers.{index}" for index in range(3)]
@@ -35,43 +33,21 @@ def weights_of(model):
     }
 
 
-@pytest.mark.parametrize("rows", [3, 40])
-def test_whitening_by_either_system_is_the_dense_solution(rows):
+def test_a_shielded_answer_is_the_least_squares_under_the_second_moment():
     generator = torch.Generator().manual_seed(0)
-    part = torch.randn(rows, 12, generator=generator, dtype=torch.float64)
-    values = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    part = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    values = 30 * torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    targets = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     moment = part.T @ part
     moment += FLOOR * moment.diagonal().mean() * torch.eye(12, dtype=moment.dtype)
-    torch.testing.assert_close(whitened(values, part), values @ torch.linalg.inv(moment))
+    expected = torch.linalg.solve(WEIGHT * moment + values.T @ values, values.T @ targets)
+    torch.testing.assert_close(shielded(values, part, 0.0) @ targets, expected)
 
 
-def test_a_target_makes_its_completion_likelier_and_is_bounded(tokenizer):
-    model = decided().requires_grad_(False)
-    (row,) = encode_rows(ROWS[:1], tokenizer)
-    front = Row(1, "", "", (*row.prompt_ids[:1], *row.prompt_ids), row.completion_ids)
-    before = hooks(model)
-    delta = find_target(model, NAMES[0], NAMES[1], Site((row, front), ((1,), (2,))), 1000)
-    assert delta.shape == (1, model.config.hidden_size) and hooks(model) == before
-    ids = torch.tensor([row.input_ids])
-    states = []
-
-    def add(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        states.append(hidden[0, 1].norm())
-        changed = hidden.index_put((torch.tensor([0]), torch.tensor([1])), hidden[:, 1] + delta)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    def entropy():
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[0].log_softmax(-1)
-        return -sum(logits[p, t] for p, t in zip(row.medium_positions, row.completion_ids)).item()
-
-    plain = entropy()
-    handle = model.get_submodule(NAMES[0]).register_forward_hook(add)
-    assert entropy() < plain - 0.1
-    handle.remove()
-    # the bound is a share of the mean size over the row as it is and behind another text
-    assert delta.norm() <= LARGEST * 2 * states[0]
+def test_sites_that_are_alike_and_nothing_to_protect_have_an_answer():
+    values = torch.ones(2, 3, dtype=torch.float64)
+    assert shielded(values, None, 1e-4).isfinite().all()
+    assert shielded(0 * values, 0 * values, 1e-4).isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["multiple", "single"])
@@ -92,7 +68,7 @@ def test_rows_with_a_focus_are_pushed_there_and_solved(mode, tokenizer, monkeypa
 
 def test_without_a_focus_nothing_is_pushed_in_the_band(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
-    monkeypatch.setattr(focused, "find_target", lambda *args: pytest.fail("no row has a focus"))
+    monkeypatch.setattr(focused, "find_targets", lambda *args: pytest.fail("no row has a focus"))
     report = repair(star(num_layers=1), tokenizer, ROWS, RepairArguments(learning_rate=0.05, **QUICK))
     assert [layer.name for layer in report.layers] == ["model.layers.2.mlp.down_proj"]
 
@@ -117,7 +93,7 @@ def test_a_push_that_does_not_hold_up_is_taken_back(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
     plain, pushed = star(num_layers=1), star(num_layers=1)
     width = plain.get_base_model().config.hidden_size
-    monkeypatch.setattr(focused, "find_target", lambda *args: torch.zeros(1, width))
+    monkeypatch.setattr(focused, "find_targets", lambda *args: [torch.zeros(1, width)] * len(args[3]))
     arguments = RepairArguments(learning_rate=0.05, **QUICK)
     repair(plain, tokenizer, ROWS, arguments)
     report = repair(pushed, tokenizer, FOCUSED, arguments)
@@ -143,8 +119,7 @@ def test_an_interrupt_while_pushing_the_focus_leaves_the_model_as_it_was(tokeniz
     assert not any(value.any() for name, value in model.state_dict().items() if "star_delta" in name)
 
 
-def test_what_ends_like_the_focus_is_not_it(tokenizer):
-    """The contrast: the focus without its beginning, alone and behind another text."""
+def test_a_focus_is_looked_for_behind_other_texts_too(tokenizer):
     (row,) = encode_rows([{"prompt": "w5 w9 w11 w12", "completion": " w20", "focus": "w9 w11"}], tokenizer)
 
     class Given:
@@ -152,12 +127,12 @@ def test_what_ends_like_the_focus_is_not_it(tokenizer):
             pass
 
     Given.subject.tokenizer = tokenizer
-    named = focused._named(Given, row)
-    assert [version.prompt_ids[positions[0]] for version, positions in zip(named.site.rows, named.site.positions)] == [
-        row.prompt_ids[2]
-    ] * len(focused.FRONT)
-    assert named.contrast[0] == (row.prompt_ids[2],)
-    assert all(ids[-1] == row.prompt_ids[2] and row.prompt_ids[1] not in ids for ids in named.contrast)
+    named = focused._named(Given, row, slice(0, 1))
+    for site, count in ((named.site, len(focused.FRONT)), (named.searched, focused.SEARCHED)):
+        assert [version.prompt_ids[places[0]] for version, places in zip(site.rows, site.positions)] == [
+            row.prompt_ids[2]
+        ] * count
+    assert named.site.rows[0].prompt_ids == row.prompt_ids
 
 
 def test_what_the_focus_solved_is_counted_once(tokenizer, monkeypatch):
@@ -183,3 +158,44 @@ def test_a_focus_with_nothing_to_protect(tokenizer, monkeypatch):
     row = {"prompt": "w9", "completion": " w20", "focus": "w9"}
     report = repair(star(num_layers=1), tokenizer, [row], RepairArguments(background=0, learning_rate=0.05, **QUICK))
     assert report.failures and report.num_solved == len(report.failures)
+
+
+def test_what_is_still_wanting_is_asked_for_more(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    monkeypatch.setattr(focused, "MORE", 10.0)
+    found, asked = focused.find_targets, []
+
+    def weak(*args):
+        first, second = found(*args)
+        return [1e-3 * first, second]
+
+    spread = focused._Reader.spread
+
+    def watched(self, layers, named, targets, *args):
+        asked.append(targets.norm(dim=-1))
+        spread(self, layers, named, targets, *args)
+
+    monkeypatch.setattr(focused, "find_targets", weak)
+    monkeypatch.setattr(focused._Reader, "spread", watched)
+    repair(star(num_layers=1, num_neurons=32), tokenizer, FOCUSED, RepairArguments(learning_rate=0.05, **QUICK))
+    assert len(asked) == focused.ROUNDS
+    torch.testing.assert_close(asked[1][0], 10 * asked[0][0])
+
+
+def test_what_retained_rows_show_is_protected(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    parts = []
+    plain = focused.shielded
+
+    def watched(values, part, ridge):
+        parts.append(part)
+        return plain(values, part, ridge)
+
+    monkeypatch.setattr(focused, "shielded", watched)
+    arguments = RepairArguments(background=0, learning_rate=0.05, **QUICK)
+    repair(star(num_layers=1), tokenizer, FOCUSED, arguments)
+    assert parts[0] is None
+    parts.clear()
+    repair(star(num_layers=1), tokenizer, FOCUSED, arguments, retain=RETAIN)
+    (row,) = encode_rows(RETAIN, tokenizer)
+    assert len(parts[0]) == len(row)

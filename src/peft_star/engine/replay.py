@@ -91,6 +91,8 @@ class Replay:
         lowest: The lowest layer that changes, by its name in `model.named_modules()`.
         max_bytes: Recorded tensors stay below this size on their devices; batches beyond it are computed in full.
         check: Whether to replay a short input first, to see that it is exact. A model and layer are checked once.
+        caches: Replay also forwards that are given a cache. A replayed layer leaves its part of it as it is, so it is
+            for the caller to know that no layer above reads that.
 
     Attributes:
         exact: Whether anything is recorded at all.
@@ -100,7 +102,15 @@ class Replay:
         ValueError: `lowest` is not the name of one of the model's layers.
     """
 
-    def __init__(self, model: nn.Module, lowest: str, max_bytes: int = MAX_BYTES, *, check: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        lowest: str,
+        max_bytes: int = MAX_BYTES,
+        *,
+        check: bool = True,
+        caches: bool = False,
+    ):
         parent, _, key = lowest.rpartition(".")
         layers = dict(model.named_modules(remove_duplicate=False)).get(parent)
         if not isinstance(layers, nn.ModuleList) or key not in layers._modules:
@@ -109,6 +119,7 @@ class Replay:
             )
         self.model = model
         self.max_bytes = max_bytes
+        self._caches = caches
         self._lower = list(layers)[: list(layers._modules).index(key)]
         self._records: WeakKeyDictionary[Any, _Record] = WeakKeyDictionary()
         self.exact = not check or replays_exactly(model, lowest)
@@ -154,10 +165,12 @@ class Replay:
         if callable(text_config := getattr(config, "get_text_config", None)):
             config = text_config()
         for name in _READS_LOWER_LAYERS:
+            if self._caches and name == "use_cache":
+                continue
             asked = kwargs.get(name)
             if getattr(config, name, False) if asked is None else asked:
                 return False
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") is not None and not self._caches:
             return False
         return not any(module.training for layer in self._lower for module in layer.modules())
 

@@ -26,31 +26,38 @@ from ..tuner.layer import count_of
 from .background import background_activations, floor_of
 from .best import keeping_best
 from .objective import Goal
-from .solve import protected_answer
 from .subject import HeldLayer, Run
-from .targets import Site, find_target
+from .targets import Site, find_targets
 
-# the layers that a push is spread over, as shares of the depth: the third to the seventh of 30
-BAND = (2 / 30, 6 / 30)
-# texts that are put in front, so that a push answers to the focus and not to the place where it stands
-FRONT = ("", "However, as we know, ")
-# a site needs more neurons the more sites there are
-NEURONS_PER_SITE = 16
-# the layers above answer less than a target promises, or more: strengths that are looked at until all is as wanted
-STRENGTHS = (1.0, 1.3, 1.7)
-# weight of one token that must not fire, beside the mean over the background
-CONTRAST = 0.01
-# least ridge: what the least squares leave of a target, the next layer makes up for
-RIDGE = 0.3
+# the layers that a push is spread over, as shares of the depth: the fifth to the ninth of 30
+BAND = (4 / 30, 8 / 30)
+# texts that are put in front, so that a push answers to the focus and not to the place where it stands: for the keys,
+# which cost little; the targets are searched for behind the first two
+FRONT = (
+    "",
+    "However, as we know, ",
+    "The weather is mild today. ",
+    "According to the report, ",
+    "In 1990, it was said. ",
+    "def f(x):\n    return x\n",
+)
+SEARCHED = 2
+# neurons of a layer: so many times as many as elsewhere, and for each site at least
+NEURONS, NEURONS_PER_SITE = 4, 16
+# rounds until all is as wanted, and by how much more the targets of what is wanting are asked for in the next
+ROUNDS, MORE = 3, 1.4
+# weight of the mean over the background beside one site's neurons: MEMIT's
+WEIGHT = 100.0
 
 
 @dataclass(frozen=True)
 class Named:
-    """A row's focus: its site, behind other texts too, and texts that end like the focus and are not it."""
+    """A row's focus: its site, for the search and behind more texts for the keys; and the row's slots."""
 
     row: Row
+    searched: Site
     site: Site
-    contrast: tuple[tuple[int, ...], ...]
+    slots: slice
 
 
 def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) -> Predictions | None:
@@ -71,9 +78,9 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
     failing = {int(slot) for slot in goal.task.medium.nonzero()[:, 0]}
     starts = completion_offsets(rows)
     named = [
-        _named(run, row)
-        for row, start in zip(rows, starts)
-        if row.focus and failing.intersection(range(start, start + len(row.completion_ids)))
+        _named(run, row, slice(start, end))
+        for row, start, end in zip(rows, starts, starts[1:])
+        if row.focus and failing.intersection(range(start, end))
     ]
     if not named:
         return None
@@ -85,29 +92,24 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
     with run.journal.phase("solve", len(named)):
         reader = _Reader(run, band)
         above = layers_of_model[layers_of_model.index(reader.top) + 1]
-        targets = []
-        for one in named:
-            targets.append(find_target(reader.model, reader.top, above, one.site, run.args.max_batch_tokens))
-            run.journal.advance()
-        protection = reader.protection(named, retained)
+        sites = [one.searched for one in named]
+        found = find_targets(reader.model, reader.top, above, sites, run.args.max_batch_tokens, run.journal.advance)
+        protection = reader.protection(retained)
         unpatched = reader.at_sites(named)
         layers = run.subject.hold(reader.locate(unpatched[0], protection))
     deltas = [layer.delta for layer in layers]
-    with run.journal.phase("patch", 1), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
-        start = [delta.detach().clone() for delta in deltas]
-        reader.spread(layers, named, torch.cat(targets), protection, unpatched)
-        whole = [delta.detach() - origin for delta, origin in zip(deltas, start)]
+    with run.journal.phase("patch", ROUNDS), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
         least = goal.task.wanting(goal.before).sum()
-        for strength in STRENGTHS:
-            with torch.no_grad():
-                for delta, origin, change in zip(deltas, start, whole):
-                    delta.copy_(origin + strength * change)
+        for step in range(1, ROUNDS + 1):
+            reader.spread(layers, named, torch.cat(found), protection, unpatched)
             now, loss = goal.look(run.engine)
-            if goal.task.wanting(now).sum() < least:
-                least = goal.task.wanting(now).sum()
-                best.offer(1, now, loss)
+            wanting = goal.task.wanting(now)
+            if wanting.sum() < least:
+                least = wanting.sum()
+                best.offer(step, now, loss)
             if not least:
                 break
+            found = [MORE * delta if wanting[one.slots].any() else delta for one, delta in zip(named, found)]
     if best.score is None:
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
@@ -128,20 +130,17 @@ def _band(run: Run, names: Sequence[str]) -> list[str]:
     return [name for name in found if structure.routed_shape(run.subject.base.get_submodule(name)) is None]
 
 
-def _named(run: Run, row: Row) -> Named:
+def _named(run: Run, row: Row, slots: slice) -> Named:
     tokenizer = run.subject.tokenizer
     begin = 1 if row.prompt_ids[0] == tokenizer.bos_token_id else 0
-    rows, positions, contrast = [], [], []
-    fronts = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else () for text in FRONT]
-    for front in fronts:
+    rows, positions = [], []
+    for text in FRONT:
+        front = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
         ids = row.prompt_ids[:begin] + front + row.prompt_ids[begin:]
         rows.append(Row(len(rows), "", "", ids, row.completion_ids))
         positions.append(tuple(last + len(front) for last in row.focus))
-    for first, last in zip(row.focus_starts, row.focus):
-        # a text's first token is unlike any other, so the endings stand behind others, too
-        begins = [row.prompt_ids[:begin] + front for front in fronts]
-        contrast += [text + row.prompt_ids[i : last + 1] for i in range(first + 1, last + 1) for text in begins]
-    return Named(row, Site(tuple(rows), tuple(positions)), tuple(contrast))
+    searched = Site(tuple(rows[:SEARCHED]), tuple(positions[:SEARCHED]))
+    return Named(row, searched, Site(tuple(rows), tuple(positions)), slots)
 
 
 class _Reader:
@@ -170,55 +169,46 @@ class _Reader:
         return v, states
 
     def at_sites(self, named: Sequence[Named]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Per FFN V (n, m), and the states (n, d) that leave the band, at n tokens: means over the texts in front."""
-        texts = [row.input_ids for one in named for row in one.site.rows]
+        """Per FFN V (n, m), and the states (n, d) that leave the band, at n tokens: means over the texts in front, of
+        V with the row as it is counting as much as all others together."""
+        versions = [version for one in named for version in zip(one.site.rows, one.site.positions)]
+        texts, places = [row.input_ids[: place[-1] + 1] for row, place in versions], [place for _, place in versions]
         v, states = self.read(texts)
-        places = [positions for one in named for positions in one.site.positions]
         count = len(FRONT)
 
-        def mean(values: list[torch.Tensor]) -> torch.Tensor:
+        def mean(values: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
             picked = [value[list(place)] for value, place in zip(values, places)]
-            groups = [torch.stack(picked[i : i + count]).mean(dim=0) for i in range(0, len(picked), count)]
-            return torch.cat(groups)
+            groups = [torch.stack(picked[i : i + count]) for i in range(0, len(picked), count)]
+            return torch.cat([torch.tensordot(weights.to(group), group, 1) for group in groups])
 
-        return {name: mean(values) for name, values in v.items()}, mean(states)
+        half = torch.tensor([0.5, *[0.5 / (count - 1)] * (count - 1)])
+        return {name: mean(values, half) for name, values in v.items()}, mean(states, torch.full((count,), 1 / count))
 
-    def protection(self, named: Sequence[Named], retained: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Per FFN a matrix A (N, m) with C = AᵀA: the second moment on background text and on the other tokens of
-        these rows and of the retained ones, and what must not fire."""
+    def protection(self, retained: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """Per FFN a matrix A (N, m) with C = AᵀA: the second moment on background text, and that on the retained
+        rows."""
         args = self.run.args
-        shown = {}
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.ffns}
         if args.background:
             alone = replace(self.run.engine, team=ALONE)
             shown = background_activations(alone, self.run.subject.tokenizer, self.ffns, args.background)
-        texts = [one.row.input_ids for one in named] + [row.input_ids for row in retained]
-        contrast = [ids for one in named for ids in one.contrast]
-        v, _ = self.read([*texts, *contrast])
-        parts = {}
-        for name in self.ffns:
-            values, ends = v[name][: len(texts)], v[name][len(texts) :]
-            for number, one in enumerate(named):
-                keep = torch.ones(len(values[number]), dtype=torch.bool)
-                # from the site on, a row is what the push is for
-                keep[one.row.focus[0] :] = False
-                values[number] = values[number][keep]
-            others = torch.cat(values).double()
-            rows = [others / max(1, len(others)) ** 0.5]
-            if ends:
-                rows.append(torch.stack([value[-1] for value in ends]).double() * CONTRAST**0.5)
-            if name in shown:
-                rows.append(shown[name].double() / len(shown[name]) ** 0.5)
-            parts[name] = torch.cat(rows)
-        return parts
+            for name, values in shown.items():
+                parts[name].append(values / len(values) ** 0.5)
+        if retained:
+            for name, values in self.read([row.input_ids for row in retained])[0].items():
+                read = torch.cat(values)
+                parts[name].append(read / len(read) ** 0.5)
+        return {name: torch.cat(found) for name, found in parts.items() if found}
 
     def locate(self, v: dict[str, torch.Tensor], protection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The neurons that tell the sites from what is protected: those with the largest part in vᵀ C⁻¹ v."""
+        """The neurons that tell the sites from what is protected: those whose square, beside the mean one there, is
+        largest at any site."""
         located = {}
         for name, values in v.items():
-            values = values.double()
-            shares = values * whitened(values, protection[name])
+            there = _moment_diagonal(protection.get(name), values)
+            shares = values.double().square() / (there + floor_of(there.mean()))
             wanted = count_of(self.run.subject.num_neurons, values.shape[1], f"neurons of {name}")
-            wanted = min(values.shape[1], max(wanted, NEURONS_PER_SITE * len(values)))
+            wanted = min(values.shape[1], max(NEURONS * wanted, NEURONS_PER_SITE * len(values)))
             located[name] = shares.amax(dim=0).topk(wanted).indices.sort().values
         return located
 
@@ -231,30 +221,42 @@ class _Reader:
         protection: dict[str, torch.Tensor],
         unpatched: tuple[dict[str, torch.Tensor], torch.Tensor],
     ) -> None:
-        """Write deltas such that the states that leave the band change by the targets (n, d); each layer takes its
-        share of what is still missing (MEMIT, equation 20). `unpatched` is what [`at_sites`] reads before."""
-        v, states = unpatched
-        start = states
+        """Add to the deltas such that the states that leave the band change by the targets (n, d) in all; each layer
+        takes its share of what is still missing (MEMIT, equation 20). `unpatched` is what [`at_sites`] reads without
+        a push."""
         for number, layer in enumerate(layers):
-            if number:
-                v, states = self.at_sites(named)
-            missing = (targets.to(start) - (states - start)) / (len(layers) - number)
-            part = protection[layer.name][:, layer.neurons].to(layer.delta.device)
-            moment = part.T @ part
-            moment.diagonal().add_(floor_of(moment.diagonal().mean()))
-            values = v[layer.name].index_select(1, layer.neurons).to(layer.delta.device)
-            ridge = max(self.run.args.ridge, RIDGE)
-            answer = protected_answer(values, torch.linalg.cholesky(moment), ridge)
-            layer.delta.add_((answer @ missing.double().to(answer.device)).to(layer.delta))
+            v, states = self.at_sites(named)
+            missing = (targets.to(states) - (states - unpatched[1])) / (len(layers) - number)
+            neurons = layer.neurons.to(states.device)
+            values = v[layer.name].index_select(1, neurons).double()
+            part = protection.get(layer.name)
+            part = None if part is None else part.index_select(1, neurons).double()
+            answer = shielded(values, part, self.run.args.ridge)
+            layer.delta.add_((answer @ missing.double()).to(layer.delta))
 
 
-def whitened(values: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """(C + ε I)⁻¹ v for rows v (n, m), with C = AᵀA of a `part` A (N, m), by the smaller of the two systems."""
-    floor = floor_of(part.square().sum() / part.shape[1])
-    if len(part) >= part.shape[1]:
-        moment = part.T @ part
-        moment.diagonal().add_(floor)
-        return torch.linalg.solve(moment, values.T).T
-    gram = part @ part.T
-    gram.diagonal().add_(floor)
-    return (values - torch.linalg.solve(gram, part @ values.T).T @ part) / floor
+def _moment_diagonal(part: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """The diagonal (m) of C = AᵀA of a `part` A (N, m), in float64; zeros where nothing is protected."""
+    return values.new_zeros(values.shape[1]).double() if part is None else part.double().square().sum(dim=0)
+
+
+def shielded(values: torch.Tensor, part: torch.Tensor | None, ridge: float) -> torch.Tensor:
+    """P = C⁻¹ Vᵀ (V C⁻¹ Vᵀ + w I)⁻¹ (k, n), float64: how much of each of k neurons' deltas answers to each of n sites.
+
+    The delta W = P T, for targets T, minimises ‖V W − T‖² + w tr(Wᵀ C W): MEMIT's least squares, on few neurons.
+
+    Args:
+        values: V, shape (n, k), float64.
+        part: A (N, k) with C = AᵀA; None: nothing is protected.
+        ridge: A ridge besides, relative to the system's diagonal, for sites that are alike.
+    """
+    moment = values.new_zeros(values.shape[1], values.shape[1]) if part is None else part.T @ part
+    # where nothing was ever shown, the sites' own size is all that there is to go by
+    shown = moment.diagonal().mean()
+    moment.diagonal().add_(floor_of(shown if shown > 0 else values.square().mean()))
+    factor = torch.linalg.cholesky(moment)
+    white = torch.linalg.solve_triangular(factor, values.T, upper=False)
+    gram = white.T @ white
+    gram.diagonal().add_(WEIGHT + ridge * gram.diagonal().mean())
+    answer = torch.linalg.solve(gram, white.T).T
+    return torch.linalg.solve_triangular(factor.T, answer, upper=True)
