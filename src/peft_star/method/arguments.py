@@ -51,6 +51,8 @@ class RepairArguments:
         generalization (`float`): With `"protected"`, how much the neurons' activations at a failure are averaged with
             those in the contexts before it in which the expected token is plausible. 0 repairs this failure and little
             else; with 5, say, related failures move further, and so does other text.
+        find_focus (`bool`): With `"protected"`, whether to look for what a failure is about, and push there, in rows
+            that name no `focus`.
         background (`int`): Tokens of background text that `"protected"` protects; 0: none.
         max_steps (`int`): At most this many steps for one set of failures (paper section 4.4: 10).
         mode (`str`): `"multiple"` solves all failures together with one prior; `"single"` solves them one after the
@@ -106,6 +108,15 @@ class RepairArguments:
             "help": (
                 "With protected: above 0 (5, say), prompts in which the expected tokens are plausible move further, "
                 "and so does other text."
+            )
+        },
+    )
+    find_focus: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "With protected: whether to look for what a failure is about, and push there, in rows that name no "
+                "focus."
             )
         },
     )
