@@ -20,7 +20,7 @@ from ..engine.distributed import ALONE
 from ..engine.engine import Engine
 from ..engine.passes import completion_logits
 from ..failures import Row
-from ..models.inputs import input_device
+from ..models.inputs import context_length, input_device
 from .objective import Goal
 from .subject import Run
 
@@ -28,10 +28,14 @@ from .subject import Run
 FORMS = ("it", "John Smith")
 # surprisal (nats) of a word that tells nothing by itself: more speaks for a span, less against it
 USUAL = 7.0
+# a name ends with a capital or a number (nats for it, or against what has a capital and does not end with one)
+CAPITALS = 4.0
 # words of a span, and the most surprising spans, which are all that is tried
 WORDS, TRIED = 6, 4
 # tokens behind a span that have to stay likely
 BEHIND = 12
+# a longer prompt, in tokens, is about many things, and takes long to read
+LONGEST = 256
 # what a focus must reach: nats in its favour, and the divergence (nats) of what is said where the row fails
 CLEAR, FELT = 10.0, 0.1
 
@@ -40,13 +44,20 @@ _WORD = re.compile(r"\w+|[^\w\s]|\n")
 
 @dataclass(frozen=True)
 class Word:
-    """A word, a mark or a line's end: its first and last token, whether a span may begin and end with it, and whether
-    a span may hold it."""
+    """A word, a mark or a line's end: its text, and its first and last token."""
 
+    text: str
     first: int
     last: int
-    ends: bool
-    inside: bool
+
+    @property
+    def ends(self) -> bool:
+        """Whether a span may begin and end with it."""
+        return self.text[0] == "_" or self.text[0].isalnum()
+
+    @property
+    def capital(self) -> bool:
+        return self.text[0].isupper() or self.text[0].isdigit()
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,6 @@ def with_found_focus(run: Run, goal: Goal, rows: Sequence[Row]) -> list[Row]:
     return done
 
 
-@torch.no_grad()
 def find_focus(engine: Engine, tokenizer, row: Row, wrong: int = 0) -> Span | None:
     """The span of a row's prompt that its failure is about.
 
@@ -100,6 +110,8 @@ def find_focus(engine: Engine, tokenizer, row: Row, wrong: int = 0) -> Span | No
     Returns:
         [`Span`], or None where no span is clearly what the prompt is about, or what is said does not depend on it.
     """
+    if len(row) > min(LONGEST, (context_length(engine.model) or LONGEST) - WORDS):
+        return None
     asked = _Asked.of(engine, tokenizer, row, wrong)
     words = prompt_words(row, tokenizer)
     if not words or not asked.surprisal:
@@ -143,25 +155,32 @@ def prompt_words(row: Row, tokenizer) -> list[Word]:
             token = first
             continue
         token = last
-        text = match.group()
-        groups[-1].append(Word(first, last, bool(re.match(r"\w", text)), text != "\n"))
+        groups[-1].append(Word(match.group(), first, last))
     full = [group for group in groups if sum(word.ends for word in group) > 2]
     return (full or groups)[-1]
 
 
 def _spans(words: Sequence[Word], surprisal: Sequence[float]) -> Iterator[Span]:
-    """Spans of a few words within a line, with what their words' surprisal says; they end in front of the last token,
-    at which a failure is pushed anyway."""
+    """Spans of a few words within a line, with what the words themselves say; they end in front of the last token, at
+    which a failure is pushed anyway."""
     for i, begin in enumerate(words):
         # a word that shares its token with the one before it cannot be replaced
         if not begin.ends or i and words[i - 1].last >= begin.first:
             continue
         for j, end in enumerate(words[i : i + WORDS], start=i):
-            if not end.inside or j + 1 == len(words):
+            if end.text == "\n" or j + 1 == len(words):
                 break
             if end.ends and words[j + 1].first > end.last:
-                total = sum(surprisal[begin.first : end.last + 1])
-                yield Span(begin.first, end.last, total - USUAL * (j + 1 - i))
+                total = sum(surprisal[begin.first : end.last + 1]) - USUAL * (j + 1 - i)
+                opens = i == 0 or words[i - 1].text == "\n"
+                yield Span(begin.first, end.last, total + _capitals(words[i : j + 1], opens))
+
+
+def _capitals(words: Sequence[Word], opens: bool) -> float:
+    """What capitals say of words as a name; `opens`: they open a line, where any word may have one."""
+    if words[-1].capital:
+        return 0.0 if opens and len(words) == 1 else CAPITALS
+    return -CAPITALS if any(word.capital for word in words) else 0.0
 
 
 @dataclass(frozen=True)
@@ -216,6 +235,7 @@ class _Asked:
         return max(float((self.said.exp() * (self.said - now)).sum()) for now in said)
 
 
+@torch.no_grad()
 def _read(engine: Engine, rows: Sequence[Row]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probabilities of each row's completion tokens, and those of all tokens (V) at the last of them."""
     log_p: list = [None] * len(rows)
