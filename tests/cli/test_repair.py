@@ -63,8 +63,8 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
     names = {name for option in command.params for name in option.opts if name.startswith("-")}
     expected = (
         "--output -o --retain --related --neurons --layers --neuron-pattern --mode --algorithm --generalization "
-        "--steps --lr --norm --margin --no-find-focus --no-generate --background --ridge --damping --growth --occlusion --max-rounds "
-        "--max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
+        "--steps --lr --norm --margin --no-find-focus --no-generate --background --ridge --damping --growth "
+        "--occlusion --max-rounds --max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
         "--overwrite --json"
     )
     assert names >= set(expected.split())
