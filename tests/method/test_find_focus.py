@@ -18,7 +18,7 @@ FACTS = [
 ]
 CODE = [
     ("import pandas as pd\n\n# Append the rows of df2 to df1\nresult =", " pd.concat([df1, df2])"),
-    ("# Update the submodules\ngit submodule", " update --init"),
+    ("# Push the rebased branch without overwriting the work of others\ngit push", " --force-with-lease"),
 ]
 
 
@@ -85,6 +85,12 @@ def test_spans_stay_in_a_line_and_leave_the_last_word():
 def test_a_name_ends_with_a_capital(text, opens, nats):
     words = [Word(word, number, number) for number, word in enumerate(text.split())]
     assert find_focus._capitals(words, opens) == nats * find_focus.CAPITALS
+
+
+def test_a_line_opens_with_a_capital_behind_marks_too():
+    words = [Word(text, number, number) for number, text in enumerate(["x", "\n", "#", "Push", "it", "now"])]
+    found = {(span.first, span.last): span.clear for span in find_focus._spans(words, [0.0] * len(words))}
+    assert found[3, 3] == -find_focus.USUAL
 
 
 def test_what_is_asked_of_the_model_is_what_plain_forwards_say(tokenizer, monkeypatch):

@@ -163,7 +163,10 @@ def prompt_words(row: Row, tokenizer) -> list[Word]:
 def _spans(words: Sequence[Word], surprisal: Sequence[float]) -> Iterator[Span]:
     """Spans of a few words within a line, with what the words themselves say; they end in front of the last token, at
     which a failure is pushed anyway."""
+    opens = True
     for i, begin in enumerate(words):
+        # marks may stand before the first word of a line
+        opens = i == 0 or words[i - 1].text == "\n" or opens and not words[i - 1].ends
         # a word that shares its token with the one before it cannot be replaced
         if not begin.ends or i and words[i - 1].last >= begin.first:
             continue
@@ -172,7 +175,6 @@ def _spans(words: Sequence[Word], surprisal: Sequence[float]) -> Iterator[Span]:
                 break
             if end.ends and words[j + 1].first > end.last:
                 total = sum(surprisal[begin.first : end.last + 1]) - USUAL * (j + 1 - i)
-                opens = i == 0 or words[i - 1].text == "\n"
                 yield Span(begin.first, end.last, total + _capitals(words[i : j + 1], opens))
 
 
