@@ -120,8 +120,8 @@ class ProblemRecord:
         related, related_fixed: Its related rows that were wrong before, and those of them that are right now.
         related_right, related_broken: Its related rows that were right before, and those of them that are wrong now.
         retained, retained_kept: Its retained rows, and those that did not break.
-        acts: Where the patch acts: `how` ("focus" or "failing position") with the texts of its `tokens`, and the
-            `layers`.
+        acts: Where the patch acts: `how` ("focus", "found focus" or "failing position") with the texts of its
+            `tokens`, and the `layers`.
         warnings: A sentence each.
     """
 

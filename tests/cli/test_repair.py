@@ -67,8 +67,8 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
     names = {name for option in command.params for name in option.opts if name.startswith("-")}
     expected = (
         "--output -o --retain --related --neurons --layers --neuron-pattern --mode --algorithm --generalization "
-        "--steps --lr --norm --margin --no-generate --background --ridge --damping --growth --occlusion --max-rounds "
-        "--max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
+        "--steps --lr --norm --margin --reach --no-generate --background --ridge --damping --growth "
+        "--occlusion --max-rounds --max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
         "--overwrite --json"
     )
     assert names >= set(expected.split())
@@ -80,6 +80,7 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
         ("", {}),
         ("--steps 3 --lr 0.02", {"max_steps": 3, "learning_rate": 0.02}),
         ("--no-generate", {"verify_generation": False}),
+        ("--reach prompt", {"reach": "prompt"}),
         ("--damping 1.0 --growth 1.0 --occlusion exact", {"damping": 1.0, "growth": 1.0, "occlusion": "exact"}),
         ("--background 0 --ridge 0.0 --max-rounds 1", {"background": 0, "ridge": 0.0, "max_rounds": 1}),
         ("--max-batch-tokens 64 --norm rms", {"max_batch_tokens": 64, "norm": "rms"}),

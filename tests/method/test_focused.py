@@ -69,7 +69,8 @@ def test_rows_with_a_focus_are_pushed_there_and_solved(mode, tokenizer, monkeypa
 def test_without_a_focus_nothing_is_pushed_in_the_band(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
     monkeypatch.setattr(focused, "find_targets", lambda *args: pytest.fail("no row has a focus"))
-    report = repair(star(num_layers=1), tokenizer, ROWS, RepairArguments(learning_rate=0.05, **QUICK))
+    arguments = RepairArguments(reach="prompt", learning_rate=0.05, **QUICK)
+    report = repair(star(num_layers=1), tokenizer, ROWS, arguments)
     assert [layer.name for layer in report.layers] == ["model.layers.2.mlp.down_proj"]
 
 

@@ -41,7 +41,11 @@ LEFT_OUT = ("disable_tqdm", "allow_other_base")  # the progress shown is the com
 CONFIG = options_of(StarConfig, {"num_neurons": "--neurons"}, only=("num_neurons", "neuron_pattern"))
 ARGUMENTS = options_of(
     RepairArguments,
-    {"max_steps": "--steps", "learning_rate": "--lr", "verify_generation": "--no-generate"},
+    {
+        "max_steps": "--steps",
+        "learning_rate": "--lr",
+        "verify_generation": "--no-generate",
+    },
     first=("mode", "algorithm", "generalization", "max_steps"),
     left_out=LEFT_OUT,
 )

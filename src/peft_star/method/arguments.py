@@ -50,9 +50,10 @@ class RepairArguments:
             neurons' combinations that tell it from background text; `"prior-guided"` is the paper's Algorithm 1 with
             its fixed steps.
         reach (`str`): How far a repair by `"protected"` reaches. `"problem"` also aims at other contexts in which the
-            model would fail in this way: rows share a push as far as their neurons' activations agree, what these
-            neurons do at the rows' other tokens is protected, and once all is solved the pushes grow as far as the
-            model's words in the rows stay as they were. `"prompt"` repairs these rows and little else.
+            model would fail in this way: a row that names no `focus` is searched for one, rows share a push as far as
+            their neurons' activations agree, what these neurons do at the rows' other tokens is protected, and once
+            all is solved the pushes grow as far as the model's words in the rows stay as they were. `"prompt"` repairs
+            these rows and little else.
         generalization (`float`): With `"protected"`, how much the neurons' activations at a failure are averaged with
             those in the contexts before it in which the expected token is plausible. 0 repairs this failure and little
             else; with 5, say, related failures move further, and so does other text.

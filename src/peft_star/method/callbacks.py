@@ -86,8 +86,9 @@ class Journal:
         steps: Steps taken in all.
         solved_before: Failures that were solved before those that are being patched.
         occlusion: What was last measured of the layers, for the report.
-        acts: Where the patch acts, for the report: dicts of a failures' `row` (its index), `how` ("focus" or "failing
-            position"), the `tokens` (positions in the row's tokens) and the `layers` (module names).
+        acts: Where the patch acts, for the report: dicts of a failures' `row` (its index), `how` ("focus", "found
+            focus" or "failing position"), the `tokens` (positions in the row's tokens) and the `layers` (module
+            names).
         warnings: What a reader should know of a failures' row: its index, and a sentence.
     """
 

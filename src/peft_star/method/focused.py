@@ -9,7 +9,7 @@ by forward passes, and whatever it does not solve is left to the pushes at the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -60,7 +60,9 @@ class Named:
     slots: slice
 
 
-def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) -> Predictions | None:
+def patch(
+    run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row], how: Mapping[int, str]
+) -> Predictions | None:
     """Push the rows that have a focus, all of them at once, if that holds up: if more of the goal's tokens are as
     wanted with the pushes than without.
 
@@ -69,6 +71,7 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
         goal: The failures, over the rows' slots.
         rows: The failures' rows.
         retained: Rows that must stay right; what the neurons do in them is protected.
+        how: What the report calls each row's focus, by the row's index.
 
     Returns:
         [`Predictions`] (S) with the pushes, or None where there are none; the adapter is then as it was.
@@ -114,7 +117,8 @@ def patch(run: Run, goal: Goal, rows: Sequence[Row], retained: Sequence[Row]) ->
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
     for one in named:
-        run.journal.acts.append({"row": one.row.index, "how": "focus", "tokens": list(one.row.focus), "layers": band})
+        index = one.row.index
+        run.journal.acts.append({"row": index, "how": how[index], "tokens": list(one.row.focus), "layers": band})
     return best.predictions
 
 

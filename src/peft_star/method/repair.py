@@ -18,7 +18,7 @@ from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
 from ..sharing.hub import remember_report
-from . import focused, prior_guided, protected
+from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
 from .callbacks import Journal, RepairCallback
@@ -200,14 +200,18 @@ def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
 
 
 def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions | None]:
-    """Push the rows that name their focus there, before what is left is pushed where it fails.
+    """Push rows at their focus, as they name it or as it is found, before what is left is pushed where it fails.
 
     Returns:
         The run that goes on, and the predictions (S) at the failures' rows where something was changed.
     """
-    if run.args.algorithm != "protected" or not any(row.focus for row in case.rows):
+    if run.args.algorithm != "protected":
         return run, None
-    now = focused.patch(run, goal, case.rows, case.retained)
+    rows = find_focus.with_found_focus(run, goal, case.rows) if find_focus.wanted(run) else case.rows
+    if not any(row.focus for row in rows):
+        return run, None
+    how = {row.index: "focus" if given.focus else "found focus" for row, given in zip(rows, case.rows)}
+    now = focused.patch(run, goal, rows, case.retained, how)
     if now is not None:
         # what was recorded of the layers below is no longer so
         run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))
