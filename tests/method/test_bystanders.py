@@ -6,8 +6,7 @@ import torch
 from peft_star.failures import encode_rows
 from peft_star.method import bystanders
 from peft_star.method.bystanders import Bystanders
-from peft_star.models.structure import find_second_matrices
-from support.words import LAYERS, ROWS, decided, running, star, word_tokenizer
+from support.words import LAYERS, ROWS, decided, read_row, running, star, word_tokenizer
 
 NEURONS = torch.tensor([2, 5, 7])
 
@@ -17,20 +16,16 @@ def tokenizer():
     return word_tokenizer()
 
 
-@torch.no_grad()
 def read_by_hand(name, rows, failing):
     """Activations (N, k) and words (N) at the tokens of these rows that are not in front of a failing token."""
     base, activations, words, slot = decided(), [], [], 0
     for row in rows:
-        seen = []
-        handle = find_second_matrices(base)[name].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
-        logits = base(input_ids=torch.tensor([row.input_ids])).logits[0]
-        handle.remove()
+        inputs, said = read_row(base, name, row)
         at = {position: slot + number for number, position in enumerate(row.medium_positions)}
         slot += len(row.completion_ids)
         keep = [position for position in range(len(row.input_ids)) if at.get(position) not in failing]
-        activations.append(seen[0][keep][:, NEURONS])
-        words.append(logits[keep].argmax(-1))
+        activations.append(inputs[keep][:, NEURONS])
+        words.append(said[keep])
     return torch.cat(activations), torch.cat(words)
 
 

@@ -28,6 +28,7 @@ from support.words import (
     decided,
     dense_delta,
     own_continuations,
+    read_row,
     running,
     star,
     word_tokenizer,
@@ -129,19 +130,13 @@ def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(
     assert (strengths > 0).all() and strengths.max() <= RepairArguments().learning_rate * LIMIT
 
 
-@torch.no_grad()
 def read_beside(base, rows, name):
     """Activations (N, m) at the rows' tokens that are not in front of a wrong one."""
     shown = []
     for row in rows:
-        seen = []
-        handle = find_second_matrices(base)[name].register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.append(args[0][0])
-        )
-        said = base(input_ids=torch.tensor([row.input_ids])).logits[0].argmax(-1)
-        handle.remove()
+        inputs, said = read_row(base, name, row)
         wrong = {p for p, token in zip(row.medium_positions, row.completion_ids) if said[p] != token}
-        shown.append(seen[0][[p for p in range(len(row.input_ids)) if p not in wrong]])
+        shown.append(inputs[[p for p in range(len(row.input_ids)) if p not in wrong]])
     return torch.cat(shown)
 
 

@@ -17,6 +17,7 @@ from peft_star.engine.passes import teacher_forced
 from peft_star.failures import encode_rows
 from peft_star.method.callbacks import Journal
 from peft_star.method.subject import Run, Subject
+from peft_star.models.structure import find_second_matrices
 from support.tiny_models import MODELS, VOCAB
 
 ROWS = [
@@ -59,6 +60,16 @@ def running(model, tokenizer, **arguments) -> Iterator[Run]:
     subject = Subject.of(model, tokenizer, args)
     with subject.frozen():
         yield Run(Engine(subject.base, args.max_batch_tokens), subject, args, Journal(args, ()))
+
+
+@torch.no_grad()
+def read_row(base, name, row):
+    """A second matrix's inputs (T, m) in a row, and the words that the model says there (T), by a plain forward."""
+    seen = []
+    handle = find_second_matrices(base)[name].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    said = base(input_ids=torch.tensor([row.input_ids])).logits[0].argmax(-1)
+    handle.remove()
+    return seen[0], said
 
 
 def dense_delta(model, name):

@@ -16,14 +16,14 @@ from ..engine.recording import recording_inputs
 # tokens of a batch at which the model's words are watched: their logits are the cost
 WATCHED = 512
 # a word may lose this much of its probability; words that were nearly even with others may change places by less
-LOSS = 0.1
+LOSS = 0.07
 
 
 @dataclass(frozen=True)
 class Bystanders:
     """What neurons do at the tokens beside the failures, and what the model says at some `WATCHED` of each batch.
 
-    Where the model says what is wrong at the failures, it is not held to that: there, too, it should say something else.
+    Where the model says what is wrong at the failures, it is not held to that: there, too, it should say another word.
 
     Attributes:
         activations: Per second matrix those of the chosen neurons, shape (N, k), in this process's batches.

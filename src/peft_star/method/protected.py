@@ -34,8 +34,8 @@ from .strengths import search_strengths
 from .subject import HeldLayer, Run
 from .trace import Trace, trace
 
-# the strengths' search goes up to this many times the learning rate; at the default, a push then adds to a hidden state what has
-# the semantic delta's own norm
+# the strengths' search goes up to this many times the learning rate; at the default, a push then adds to a hidden
+# state what has the semantic delta's own norm
 LIMIT = 100
 # with `reach="problem"`: the ridge of the first steps, relative: so large that each failure is pushed by what all of
 # them have in common, too, and how many steps; what is left then is pushed for itself
