@@ -134,7 +134,8 @@ def test_after_the_warm_up_no_repair_pays_for_the_model(tiny_model, tiny_tokeniz
         other = speed_measure.method_of("star", {"num_neurons": 32, "layer_selection": [layer]}, {"background": 64})
         counts = [study.patched(rows["conala"][1], other)["phases"]["solve"]["forwards"] for _ in range(2)]
         passes += counts
-    assert passes == [0] * 8
+    # the row itself is read, to see what its neurons do beside the failures; the background is known
+    assert passes == [1] * 8
 
 
 def test_settings_go_to_star_and_variants_stay_what_they_are():

@@ -137,7 +137,7 @@ def test_an_interrupted_reading_is_forgotten(tokenizer):
 def test_a_repair_reads_the_text_once(mode):
     model = star()
     shapes = count_forwards(model.base_model.model, [])
-    repair(model, word_tokenizer(), ROWS, RepairArguments(mode=mode, background=200, **QUIET))
+    repair(model, word_tokenizer(), ROWS, RepairArguments(mode=mode, background=200, reach="prompt", **QUIET))
     assert shapes.count((1, 64)) == 3 and shapes.count((1, 8)) == 1
 
 

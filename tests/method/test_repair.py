@@ -373,9 +373,11 @@ def test_retained_rows_join_the_loss_when_they_break(algorithm, tokenizer):
             ids = torch.cat([ids, base(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     retained = [{"prompt": "w5 w9 w12", "completion": " " + tokenizer.decode(ids[0, 3:])}]
     arguments = RepairArguments(algorithm=algorithm, **QUIET)
-    careless = repair(star(), tokenizer, ROWS, arguments)
+    careless = star()
+    repair(careless, tokenizer, ROWS, arguments)
+    assert wrong_tokens(careless, tokenizer, retained) > 0
     careful = repair(star(), tokenizer, ROWS, arguments, retain=retained)
-    assert careful.success and careful.steps >= careless.steps
+    assert careful.success
     assert not [token for token in careful.broken if token.source == "retain"]
 
 
@@ -468,7 +470,7 @@ class Recorder(RepairCallback):
 
 def test_callbacks_hear_every_phase_in_order(tokenizer):
     recorder = Recorder()
-    repair(star(), tokenizer, ROWS, RepairArguments(**QUIET), callbacks=[recorder])
+    repair(star(), tokenizer, ROWS, RepairArguments(reach="prompt", **QUIET), callbacks=[recorder])
     # the trace's forward finds the failures, too
     phases = ["trace", "verify", "locate", "solve", "patch", "verify"]
     assert recorder.events == ["begin", *phases, "end"]

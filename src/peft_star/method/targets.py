@@ -200,7 +200,7 @@ class _Change:
         behind[lines, places] = False
         noise = torch.randn(hidden.shape, generator=self._generator).to(hidden)
         size = hidden.detach().norm(dim=-1, keepdim=True) / hidden.shape[-1] ** 0.5
-        return NOISE * behind[..., None] * size * noise
+        return behind[..., None] * (NOISE * size * noise)
 
 
 def _search(model: nn.Module, top: str, above: str, sites: Sequence[Site]) -> list[torch.Tensor]:
