@@ -23,7 +23,9 @@ def read_by_hand(name, rows, failing):
     base, activations, words, slot = decided(), [], [], 0
     for row in rows:
         seen = []
-        handle = find_second_matrices(base)[name].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+        handle = find_second_matrices(base)[name].register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0])
+        )
         logits = base(input_ids=torch.tensor([row.input_ids])).logits[0]
         handle.remove()
         at = {position: slot + number for number, position in enumerate(row.medium_positions)}
