@@ -77,7 +77,7 @@ class GgufMerge:
         gguf = import_gguf()
         with new_file(Path(out_file), overwrite) as temporary:
             writer = gguf.GGUFWriter(temporary, gguf_value(self.reader, "general.architecture"))
-            _copy_values(self.reader, writer)
+            copy_values(self.reader, writer)
             for item in self.reader.tensors:
                 if item.name in self.changes:
                     kind = _type(item, dtype)
@@ -117,7 +117,7 @@ def _patched(tensor: Any, changes: list[tuple[torch.Tensor, torch.Tensor]]) -> n
     return weight
 
 
-def _copy_values(reader: Any, writer: Any) -> None:
+def copy_values(reader: Any, writer: Any) -> None:
     """Copy what a file says of its model."""
     array = import_gguf().GGUFValueType.ARRAY
     for field in reader.fields.values():
