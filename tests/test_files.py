@@ -137,3 +137,57 @@ def test_an_empty_directory_that_came_to_be_meanwhile_is(tmp_path: Path) -> None
         (directory / "file").touch()
         (tmp_path / "out").mkdir()
     assert names(tmp_path / "out") == ["file"]
+
+
+def test_a_new_file_takes_its_place_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "file"
+    with files.new_file(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    with pytest.raises(RuntimeError), files.new_file(path) as temporary:
+        temporary.write_text("half of")
+        raise RuntimeError
+    assert (path.read_text(), names(path.parent)) == ("new", ["file"])
+
+
+def test_a_file_that_came_to_be_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(files.KeptElsewhere, match="is kept in") as error, files.new_file(path, False) as temporary:
+        temporary.write_text("new")
+        path.write_text("old")
+    [kept] = tmp_path.glob("file.kept-*")
+    assert (path.read_text(), kept.read_text()) == ("old", "new") and str(kept) in str(error.value)
+
+
+def test_what_a_killed_run_left_of_a_file_is_swept_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def run() -> None:
+        with files.new_file(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(run) == signal.SIGKILL
+    assert len(names(tmp_path)) == 1
+    with files.new_file(path) as living, files.new_file(path) as temporary:
+        assert len(names(tmp_path)) == 2 and living.exists()
+        temporary.write_text("new")
+    assert names(tmp_path) == ["file"]
+
+
+def test_outputs_that_are_files(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.check_file_output(path, False, b"KIND")
+    path.write_bytes(b"KIND of file")
+    files.check_file_output(path, True, b"KIND", inputs=(None, tmp_path / "gone"))
+    (tmp_path / "other").write_text("other")
+    (tmp_path / "link").symlink_to(path)
+    for output, overwrite, inputs, message in (
+        (tmp_path, True, (), "is a directory; the output is a file"),
+        (path, False, (), "is there already; give --overwrite"),
+        (tmp_path / "other", True, (), "is another kind of file"),
+        (tmp_path / "link", True, (path,), "is the input"),
+        (path / "below", False, (), "cannot be written: .*file is not a directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            files.check_file_output(output, overwrite, b"KIND", inputs)

@@ -57,6 +57,39 @@ def check_output(
         for item in inputs:
             if item is not None and Path(item).exists() and Path(item).resolve().is_relative_to(path.resolve()):
                 raise ValueError(f"{path} is or holds the input {item}; choose another directory for the output.")
+    _check_writable(path)
+
+
+def check_file_output(path: Path, overwrite: bool, magic: bytes, inputs: tuple[str | Path | None, ...] = ()) -> None:
+    """Refuse, before any work is done, an output file that could not or should not be written at the end.
+
+    Args:
+        path: The output file.
+        overwrite: Whether it may be replaced.
+        magic: The bytes that an earlier output of the same kind begins with. Nothing else is ever replaced.
+        inputs: What the command reads, which is not replaced either.
+
+    Raises:
+        ValueError: One sentence that says why not.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; the output is a file.")
+    if path.exists():
+        if not overwrite:
+            raise ValueError(f"{path} is there already; give --overwrite to replace it.")
+        for item in inputs:
+            if item is not None and Path(item).expanduser().exists() and path.samefile(Path(item).expanduser()):
+                raise ValueError(f"{path} is the input {item}; choose another file for the output.")
+        with path.open("rb") as file:
+            if file.read(len(magic)) != magic:
+                raise ValueError(
+                    f"{path} is another kind of file, so --overwrite does not replace it; choose another name."
+                )
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: {existing} is not a directory that you may write to.")
@@ -102,6 +135,49 @@ def new_directory(path: Path, overwrite: bool = True) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if handle is not None:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """An empty file beside `path` that takes its place when the block is done, and is gone when it fails.
+
+    What killed runs of the same output left behind is swept first.
+
+    Args:
+        path: The output file.
+        overwrite: Whether what lies there when the block is done may be replaced.
+
+    Raises:
+        KeptElsewhere: The finished file could not take its place.
+    """
+    path = path.expanduser().resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_files(path)
+    suffix = secrets.token_hex(4)
+    temporary = path.with_name(f".{path.name}.new-{suffix}")
+    temporary.touch()
+    handle = _claim(temporary)
+    try:
+        yield temporary
+        if path.exists() and not overwrite:
+            kept = temporary.rename(path.with_name(f"{path.name}.kept-{suffix}"))
+            raise KeptElsewhere(f"{path} has come to be meanwhile; what was to be written there is kept in {kept}.")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _sweep_files(path: Path) -> None:
+    """Remove what runs that were killed while they wrote a file have left beside it."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.new-[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):
+        for item in [item for item in path.parent.iterdir() if item.is_file() and pattern.fullmatch(item.name)]:
+            handle = _claim(item)
+            if handle is not None:
+                item.unlink()
+                os.close(handle)
 
 
 def _place(temporary: Path, path: Path, old: Path, overwrite: bool) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from peft_star import StarConfig
 from support.byte_llama import build_model
 from support.command_line import Run
+from support.gguf_models import read_values, write_llama
 
 
 @pytest.fixture
@@ -64,8 +66,57 @@ def test_overwrite(run, patch, tmp_path):
     assert run(patch, "-o", tmp_path / "lora", "--overwrite")[0] == 0
 
 
+def test_for_llama_cpp(run, patch, tmp_path):
+    base = write_llama(tmp_path / "base.gguf", build_model())
+    code, out, err = run(patch, "-o", tmp_path / "lora.gguf", "--to", "gguf", "--base", base)
+    assert (code, out) == (0, "")
+    assert f"Exported a LoRA of rank 6: {tmp_path / 'lora.gguf'}" in err
+    assert read_values(tmp_path / "lora.gguf")["adapter.lora.alpha"] == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.gguf", "lora.gguf", "patch"]
+
+    arguments = [patch, "-o", tmp_path / "lora.gguf", "--to", "gguf", "--base", base, "--json"]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and "is there already; give --overwrite to replace it" in err
+    code, out, err = run(*arguments, "--overwrite")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "patch": str(patch),
+        "to": "gguf",
+        "output": str(tmp_path / "lora.gguf"),
+        "base": str(base),
+        "architecture": "llama",
+        "rank": 6,
+        "bytes": (tmp_path / "lora.gguf").stat().st_size,
+    }
+
+
+def test_for_llama_cpp_with_the_base_that_the_patch_names(run, tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, StarConfig(task_type="CAUSAL_LM", num_neurons=6)).save_pretrained(tmp_path / "patch")
+    code, out, _ = run(tmp_path / "patch", "-o", tmp_path / "lora.gguf", "--to", "gguf", "--json")
+    assert (code, json.loads(out)["base"]) == (0, str(tmp_path / "base"))
+
+
 def bad_form(patch: Path, tmp_path: Path) -> list:
-    return [patch, "-o", tmp_path / "out", "--to", "gguf"]
+    return [patch, "-o", tmp_path / "out", "--to", "onnx"]
+
+
+def no_base(patch: Path, tmp_path: Path) -> list:
+    return [patch, "-o", tmp_path / "out.gguf", "--to", "gguf"]
+
+
+def useless_base(patch: Path, tmp_path: Path) -> list:
+    return [patch, "-o", tmp_path / "out", "--base", tmp_path]
+
+
+def no_gguf_name(patch: Path, tmp_path: Path) -> list:
+    return [patch, "-o", tmp_path / "out", "--to", "gguf", "--base", tmp_path]
+
+
+def base_itself(patch: Path, tmp_path: Path) -> list:
+    base = write_llama(tmp_path / "base.gguf", build_model())
+    return [patch, "-o", base, "--to", "gguf", "--base", base, "--overwrite"]
 
 
 def missing(patch: Path, tmp_path: Path) -> list:
@@ -96,7 +147,11 @@ def old(patch: Path, tmp_path: Path) -> list:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (bad_form, "--to is 'gguf'; the forms are: lora."),
+        (bad_form, "--to is 'onnx'; the forms are: lora, gguf."),
+        (no_base, "does not say which base model it is for; give that, too (--base)"),
+        (useless_base, "--base is of use with --to gguf alone"),
+        (no_gguf_name, "give the output a name that ends with .gguf"),
+        (base_itself, "is the input"),
         (missing, "There is no patch at"),
         (no_star, "adapter of type LORA, not a STAR patch"),
         (itself, "is or holds the input"),
@@ -109,4 +164,4 @@ def test_bad_input(run, patch, tmp_path, arguments, message):
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("Error: ") and err.count("Error:") == 1 and "Traceback" not in err
     assert message in err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.gguf").exists()

@@ -13,8 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_star import StarConfig
+from peft_star.loading import load_model
 from support.byte_llama import build_model, build_tokenizer
 from support.command_line import SOLVABLE, Run, names
+from support.gguf_models import read_tensors, write_llama
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -63,6 +65,40 @@ def test_merge_of_several_patches_adds_them_up(
     both = PeftModel.from_pretrained(build_model(), patch).merge_and_unload()
     both = PeftModel.from_pretrained(both, other)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(both))
+
+
+def test_merge_into_a_gguf_file(run: Run, tiny_dir: Path, patch: Path, tmp_path: Path) -> None:
+    base, target = write_llama(tmp_path / "base.gguf", build_model()), tmp_path / "merged.gguf"
+    result = run("merge", base, patch, "-o", target, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert result.json["bytes"] == target.stat().st_size
+    merged, tokenizer = load_model(target)
+    torch.testing.assert_close(logits(merged), logits(PeftModel.from_pretrained(build_model(), patch)))
+    assert tokenizer("abc")["input_ids"] == build_tokenizer()("abc")["input_ids"]
+
+    assert "is there already" in run("merge", base, patch, "-o", target).err
+    assert run("merge", base, patch, "-o", target, "--overwrite", "--dtype", "bfloat16").code == 0
+    kinds = {name: kind for name, (kind, _) in read_tensors(target).items()}
+    assert "BF16" in kinds.values()
+    assert {name.split(".")[2] for name, kind in kinds.items() if kind == "BF16"} == {"ffn_down"}
+
+
+def test_merge_into_a_gguf_file_refuses_what_does_not_fit(
+    run: Run, tiny_dir: Path, patch: Path, tmp_path: Path
+) -> None:
+    base = write_llama(tmp_path / "base.gguf", build_model())
+    narrow = write_llama(tmp_path / "narrow.gguf", build_model(intermediate_size=64))
+    other = write_llama(tmp_path / "other.gguf", build_model(seed=1))
+    for model, target, message in (
+        (tiny_dir, "out.gguf", "can only be made of the base model's .gguf file"),
+        (narrow, "out.gguf", "has 64 neurons there and 96 in the patch"),
+        (other, "out.gguf", "solved for other weights"),
+        (base, "base.gguf", "is the input"),
+    ):
+        result = run("merge", model, patch, "-o", tmp_path / target, "--overwrite")
+        assert result.code == 2 and message in result.err, result.err
+    assert names(tmp_path) == ["base.gguf", "narrow.gguf", "other.gguf"]
+    assert run("merge", other, patch, "-o", tmp_path / "out.gguf", "--allow-other-base").code == 0
 
 
 def test_merge_refuses_what_does_not_fit(run: Run, tiny_dir: Path, patch: Path, tmp_path: Path) -> None:

@@ -276,7 +276,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
 
 - vLLM: {vllm}.
-- llama.cpp: `python convert_lora_to_gguf.py --base path/to/the/base-model path/to/this/directory`.
+- llama.cpp: `python convert_lora_to_gguf.py --base path/to/the/base-model path/to/this/directory`, or, of the original
+  patch, `peft-star export path/to/the/patch -o lora.gguf --to gguf`.
 
 Where a scale can be given, give 1. The original patch is smaller, and it is what `peft_star` can repair further.
 """

@@ -6,6 +6,7 @@ of A (k, m) are one-hot selectors of the neurons and B = deltaᵀ (d, k). With l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def write_lora(
     path = Path(out_dir).expanduser()
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ValueError(f"{path} is not empty; pass overwrite=True to replace the adapter it holds.")
-    _check_modules_to_save(patch)
+    check_plain(patch)
     widths = _widths(patch, source)
     patch = patch.check({name: (widths[name], delta.shape[1]) for name, delta in patch.deltas.items()})
     check_patch_output(path, overwrite, inputs=(source,))
@@ -77,31 +78,39 @@ def write_lora(
     rank = max(counts)
     config = _lora_config(patch, rank, fan_in_fan_out)
     with new_directory(path, overwrite) as temporary:
-        write_adapter(temporary, config, _lora_tensors(patch, widths, rank))
+        write_adapter(temporary, config, _named(lora_pairs(patch, widths, rank)))
         card = lora_card(rank, counts, patch.config.get("base_model_name_or_path"))
         (temporary / CARD_NAME).write_text(card, encoding="utf-8")
     return path
 
 
-def _check_modules_to_save(patch: Patch) -> None:
+def check_plain(patch: Patch) -> None:
+    """Raise ValueError when a patch holds what a plain LoRA cannot: whole modules, or neurons of routed experts."""
     names = patch.config.get("modules_to_save") or patch.others
     if names:
         raise ValueError(
             f"The patch also holds whole modules ({', '.join(sorted(names))}), which a plain LoRA cannot: an export "
             "needs a patch without `modules_to_save`."
         )
-
-
-def _widths(patch: Patch, source: Path | None) -> dict[str, int]:
-    """The number of neurons of each module: as the patch records it, or else from the base model's configuration."""
-    recorded, names = patch.config.get("in_features"), list(patch.neurons)
-    widths = recorded if isinstance(recorded, dict) else dict.fromkeys(names, recorded)
-    routed = next((name for name in names if isinstance(widths.get(name), list)), None)
+    widths = recorded_widths(patch)
+    routed = next((name for name in patch.neurons if isinstance(widths.get(name), list)), None)
     if routed is not None:
         raise ValueError(
             f"The patch holds neurons of routed experts ({routed}), for which LoRA has no form that its loaders "
             "share; merge the patch into its base model instead."
         )
+
+
+def recorded_widths(patch: Patch) -> dict[str, Any]:
+    """What a patch's configuration says of the number of neurons of each module: None in old patches, and a list of
+    two numbers for routed experts."""
+    recorded = patch.config.get("in_features")
+    return recorded if isinstance(recorded, dict) else dict.fromkeys(patch.neurons, recorded)
+
+
+def _widths(patch: Patch, source: Path | None) -> dict[str, int]:
+    """The number of neurons of each module: as the patch records it, or else from the base model's configuration."""
+    widths, names = recorded_widths(patch), list(patch.neurons)
     if not all(isinstance(widths.get(name), int) for name in names):
         widths = _widths_of_base(patch.config.get("base_model_name_or_path"), names)
     if widths is None:
@@ -130,9 +139,15 @@ def _widths_of_base(base: str | None, names: list[str]) -> dict[str, int] | None
     return {name: shape[0] for name, shape in shapes.items() if shape} if all(shapes.values()) else None
 
 
-def _lora_tensors(patch: Patch, widths: dict[str, int], rank: int) -> dict[str, torch.Tensor]:
-    """A (r, m) and B (d, r) of each module."""
-    tensors = {}
+def lora_pairs(patch: Patch, widths: Mapping[str, int], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A (rank, m) and B (d, rank) of each module, so that B A is what the patch adds to its weight (d, m).
+
+    Args:
+        patch: The patch.
+        widths: The number of neurons m of each module.
+        rank: Modules with fewer patched neurons are padded with zeros to it.
+    """
+    pairs = {}
     for name, neurons in patch.neurons.items():
         count = neurons.numel()
         delta = patch.deltas[name].cpu()
@@ -140,9 +155,13 @@ def _lora_tensors(patch: Patch, widths: dict[str, int], rank: int) -> dict[str, 
         down[torch.arange(count), neurons.cpu().long()] = 1
         up = torch.zeros(delta.shape[1], rank, dtype=delta.dtype)
         up[:, :count] = delta.T
-        tensors[f"{name}.lora_A.weight"] = down
-        tensors[f"{name}.lora_B.weight"] = up
-    return tensors
+        pairs[name] = (down, up)
+    return pairs
+
+
+def _named(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    tensors = {f"{name}.lora_A.weight": down for name, (down, _) in pairs.items()}
+    return tensors | {f"{name}.lora_B.weight": up for name, (_, up) in pairs.items()}
 
 
 def _lora_config(patch: Patch, rank: int, fan_in_fan_out: bool) -> dict[str, Any]:
