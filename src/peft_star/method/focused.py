@@ -44,7 +44,7 @@ FRONT = (
 )
 SEARCHED = 2
 # neurons of a layer: so many times as many as elsewhere, and for each site at least
-NEURONS, NEURONS_PER_SITE = 4, 16
+NEURONS, NEURONS_PER_SITE = 4, 32
 # rounds until all is as wanted, and by how much more the targets of what is wanting are asked for in the next
 ROUNDS, MORE = 3, 1.4
 # weight of the mean over the background beside one site's neurons: MEMIT's
