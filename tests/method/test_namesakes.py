@@ -1,4 +1,4 @@
-"""Other names in a focus's place: what is in front of it stays, and no name that the focus is part of is among them."""
+"""Other names in a focus's place: what is in front of it stays, and no name of a focus itself is among them."""
 
 import pytest
 
