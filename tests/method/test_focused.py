@@ -5,7 +5,7 @@ import torch
 
 from peft_star import RepairArguments, RepairCallback, RepairInterrupted, repair
 from peft_star.failures import encode_rows
-from peft_star.method import focused
+from peft_star.method import focused, namesakes
 from peft_star.method.background import FLOOR
 from peft_star.method.focused import WEIGHT, shielded
 from support.words import QUICK, RETAIN, ROWS, star, word_tokenizer
@@ -200,3 +200,22 @@ def test_what_retained_rows_show_is_protected(tokenizer, monkeypatch):
     repair(star(num_layers=1), tokenizer, FOCUSED, arguments, retain=RETAIN)
     (row,) = encode_rows(RETAIN, tokenizer)
     assert len(parts[0]) == len(row)
+
+
+def test_what_stands_beside_the_focus_and_other_names_there_are_protected(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    monkeypatch.setattr(namesakes, "names", lambda: ["w60", "w61"])
+    parts = []
+    plain = focused.shielded
+
+    def watched(values, part, ridge):
+        parts.append(part)
+        return plain(values, part, ridge)
+
+    monkeypatch.setattr(focused, "shielded", watched)
+    row = {"prompt": "w5 w9 w11 w12", "completion": " w20", "focus": "w9 w11"}
+    arguments = RepairArguments(background=16, learning_rate=0.05, **QUICK)
+    repair(star(num_layers=1), tokenizer, [row], arguments)
+    fronts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in focused.FRONT[: focused.SEARCHED]]
+    beside = sum(len(ids) + 3 for ids in fronts)  # the row's four tokens but for its focus
+    assert len(parts[0]) == 16 + beside + namesakes.EACH

@@ -25,6 +25,7 @@ from ..models.inputs import input_device
 from ..tuner.layer import count_of
 from .background import background_activations, floor_of
 from .best import keeping_best
+from .namesakes import namesakes
 from .objective import Goal
 from .subject import HeldLayer, Run
 from .targets import Site, find_targets
@@ -43,7 +44,7 @@ FRONT = (
 )
 SEARCHED = 2
 # neurons of a layer: so many times as many as elsewhere, and for each site at least
-NEURONS, NEURONS_PER_SITE = 4, 16
+NEURONS, NEURONS_PER_SITE = 4, 32
 # rounds until all is as wanted, and by how much more the targets of what is wanting are asked for in the next
 ROUNDS, MORE = 3, 1.4
 # weight of the mean over the background beside one site's neurons: MEMIT's
@@ -97,7 +98,7 @@ def patch(
         above = layers_of_model[layers_of_model.index(reader.top) + 1]
         sites = [one.searched for one in named]
         found = find_targets(reader.model, reader.top, above, sites, run.args.max_batch_tokens, run.journal.advance)
-        protection = reader.protection(retained)
+        protection = reader.protection(named, retained)
         unpatched = reader.at_sites(named)
         layers = run.subject.hold(reader.locate(unpatched[0], protection))
     deltas = [layer.delta for layer in layers]
@@ -188,20 +189,31 @@ class _Reader:
         half = torch.tensor([0.5, *[0.5 / (count - 1)] * (count - 1)])
         return {name: mean(values, half) for name, values in v.items()}, mean(states, torch.full((count,), 1 / count))
 
-    def protection(self, retained: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Per FFN a matrix A (N, m) with C = AᵀA: the second moment on background text, and that on the retained
-        rows."""
-        args = self.run.args
+    def protection(self, named: Sequence[Named], retained: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """Per FFN a matrix A (N, m) with C = AᵀA: the second moments on background text, on the retained rows and,
+        unless nothing is to be protected, on what stands beside the focus and on other names in its place."""
+        args, tokenizer = self.run.args, self.run.subject.tokenizer
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.ffns}
+
+        def protect(texts: Sequence[tuple[int, ...]], places: Sequence[Sequence[int]]) -> None:
+            for name, values in self.read(texts)[0].items():
+                read = torch.cat([value[list(place)] for value, place in zip(values, places)])
+                parts[name].append(read / max(1, len(read)) ** 0.5)
+
         if args.background:
             alone = replace(self.run.engine, team=ALONE)
-            shown = background_activations(alone, self.run.subject.tokenizer, self.ffns, args.background)
+            shown = background_activations(alone, tokenizer, self.ffns, args.background)
             for name, values in shown.items():
                 parts[name].append(values / len(values) ** 0.5)
+            sites = [site for one in named for site in zip(one.searched.rows, one.searched.positions)]
+            texts = [row.input_ids[:-1] for row, _ in sites]
+            protect(texts, [sorted({*range(len(ids))} - {*focus}) for ids, (_, focus) in zip(texts, sites)])
+            others = list(namesakes([one.row for one in named], tokenizer))
+            if others:
+                protect(others, [(len(ids) - 1,) for ids in others])
         if retained:
-            for name, values in self.read([row.input_ids for row in retained])[0].items():
-                read = torch.cat(values)
-                parts[name].append(read / len(read) ** 0.5)
+            texts = [row.input_ids for row in retained]
+            protect(texts, [range(len(ids)) for ids in texts])
         return {name: torch.cat(found) for name, found in parts.items() if found}
 
     def locate(self, v: dict[str, torch.Tensor], protection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
