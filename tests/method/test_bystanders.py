@@ -52,7 +52,17 @@ def test_of_a_long_batch_some_words_are_watched(tokenizer, monkeypatch):
     assert 1 < len(found.said) <= 3 < len(activations)
 
 
-def test_they_are_disturbed_by_a_change_of_what_is_said_but_not_where_that_is_wrong_anyhow(tokenizer):
+@pytest.mark.parametrize("fewest", [9, 10])
+def test_of_few_words_nobody_can_tell(fewest, tokenizer, monkeypatch):
+    monkeypatch.setattr(bystanders, "FEWEST", fewest)
+    with running(star(), tokenizer) as run:
+        batches = run.engine.batches(encode_rows(ROWS, tokenizer))
+        found = Bystanders.of(run.engine, batches, torch.tensor([0]), {LAYERS[0]: NEURONS}, torch.tensor([]))
+        assert len(found.said) == 9 and found.undisturbed(run.engine) == (fewest <= 9)
+
+
+def test_they_are_disturbed_by_a_change_of_what_is_said_but_not_where_that_is_wrong_anyhow(tokenizer, monkeypatch):
+    monkeypatch.setattr(bystanders, "FEWEST", 0)
     model = star()
     with running(model, tokenizer) as run:
         run.subject.hold({LAYERS[2]: NEURONS})

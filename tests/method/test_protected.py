@@ -389,6 +389,7 @@ def deltas(model):
 def test_a_patch_for_the_problem_grows_by_the_largest_factor_that_disturbs_no_bystander(tokenizer, monkeypatch):
     arguments = RepairArguments(**QUICK)
     assert arguments.reach == "problem"
+    monkeypatch.setattr(bystanders, "FEWEST", 1)
     monkeypatch.setattr(protected, "GROWTH", ())
     plain = star()
     assert repair(plain, tokenizer, ROWS, arguments).success

@@ -17,6 +17,8 @@ from ..engine.recording import recording_inputs
 WATCHED = 512
 # a word may lose this much of its probability; words that were nearly even with others may change places by less
 LOSS = 0.07
+# fewer words than these say nothing of what a patch disturbs
+FEWEST = 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Bystanders:
 
     @torch.no_grad()
     def undisturbed(self, engine: Engine) -> bool:
-        """Whether the model as it is now says the words that it is held to hardly less surely."""
+        """Whether the model as it is now says the words that it is held to hardly less surely; not where they are few."""
+        if self.held.sum() < FEWEST:
+            return False
         now = Predictions.empty(len(self.said))
         for reader in engine.team.share(list(self.batches)):
             words = replace(reader, expected=self.said[reader.slots.cpu()].to(reader.rows.device))

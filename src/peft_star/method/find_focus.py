@@ -71,7 +71,7 @@ class Span:
 
 def wanted(run: Run) -> bool:
     """Whether this repair looks for a focus where rows name none."""
-    return run.args.reach == "problem"
+    return run.args.reach == "problem" and run.args.mode == "multiple"
 
 
 def with_found_focus(run: Run, goal: Goal, rows: Sequence[Row]) -> list[Row]:
