@@ -92,7 +92,7 @@ class Bystanders:
 
     @torch.no_grad()
     def undisturbed(self, engine: Engine) -> bool:
-        """Whether the model as it is now says the words that it is held to hardly less surely; not where they are few."""
+        """Whether the model as it is now says its words hardly less surely; not where they are too few to tell."""
         if self.held.sum() < FEWEST:
             return False
         now = Predictions.empty(len(self.said))
