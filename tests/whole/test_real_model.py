@@ -120,7 +120,7 @@ def test_protection_changes_other_text_less(smollm2):
     before = {name: log_p(base, tokenizer, text) for name, text in texts.items()}
     moved = {}
     for background in (0, 2048):
-        model = patched_by(base, tokenizer, FAILURES, background=background)
+        model = patched_by(base, tokenizer, FAILURES, background=background, reach="prompt")
         for name, text in texts.items():
             after = log_p(model, tokenizer, text)
             moved[name, background] = (before[name].exp() * (before[name] - after)).sum(-1).mean().item()
