@@ -20,6 +20,7 @@ import numpy as np
 from peft_star.sharing.gguf_base import gguf_value, read_gguf
 from peft_star.sharing.gguf_lora import patch_to_gguf
 from peft_star.sharing.gguf_merge import GgufMerge, copy_values
+from prompts import read_jsonl
 
 ENGINE = """
 import fs from "fs";
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--engine", type=Path, required=True, help="where node-llama-cpp is installed")
     parser.add_argument("--types", nargs="*", default=["F32", "F16", "BF16", "Q8_0"])
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = read_jsonl(args.rows)
     print(f"{'base':8} {'alone':>6} {'LoRA':>6} {'merged':>6}   of {len(rows)}")
     with tempfile.TemporaryDirectory() as folder:
         lora, base, merged = (Path(folder) / f"{name}.gguf" for name in ("lora", "base", "merged"))

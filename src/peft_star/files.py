@@ -125,16 +125,14 @@ def new_directory(path: Path, overwrite: bool = True) -> Iterator[Path]:
     suffix = secrets.token_hex(4)
     temporary, old = (path.with_name(f".{path.name}.{kind}-{suffix}") for kind in ("new", "old"))
     temporary.mkdir()
-    handle = _claim(temporary)
-    try:
-        yield temporary
-        _apply_umask(temporary)
-        _place(temporary, path, old, overwrite)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+    with _claimed(temporary):
+        try:
+            yield temporary
+            _apply_umask(temporary)
+            _place(temporary, path, old, overwrite)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -153,20 +151,16 @@ def new_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
     path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_files(path)
-    suffix = secrets.token_hex(4)
-    temporary = path.with_name(f".{path.name}.new-{suffix}")
+    temporary = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
     temporary.touch()
-    handle = _claim(temporary)
-    try:
-        yield temporary
-        if path.exists() and not overwrite:
-            kept = temporary.rename(path.with_name(f"{path.name}.kept-{suffix}"))
-            raise KeptElsewhere(f"{path} has come to be meanwhile; what was to be written there is kept in {kept}.")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        if handle is not None:
-            os.close(handle)
+    with _claimed(temporary):
+        try:
+            yield temporary
+            if path.exists() and not overwrite:
+                raise _kept(temporary, path, "has come to be meanwhile")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _sweep_files(path: Path) -> None:
@@ -193,9 +187,14 @@ def _place(temporary: Path, path: Path, old: Path, overwrite: bool) -> None:
             old.rename(path)
         if not isinstance(error, OSError):
             raise
-        kept = temporary.rename(path.with_name(f"{path.name}.kept-{secrets.token_hex(4)}"))
         why = "is not empty any more" if path.exists() else f"cannot be written ({error.strerror})"
-        raise KeptElsewhere(f"{path} {why}; what was to be written there is kept in {kept}.") from error
+        raise _kept(temporary, path, why) from error
+
+
+def _kept(temporary: Path, path: Path, why: str) -> KeptElsewhere:
+    """Give what is finished another name beside `path`, and say so."""
+    kept = temporary.rename(path.with_name(f"{path.name}.kept-{secrets.token_hex(4)}"))
+    return KeptElsewhere(f"{path} {why}; what was to be written there is kept in {kept}.")
 
 
 def recover(path: Path) -> None:
@@ -239,6 +238,17 @@ def _claim(directory: Path) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+@contextlib.contextmanager
+def _claimed(item: Path) -> Iterator[None]:
+    """A claim for the time of the block, if claims can be made here; see [`_claim`]."""
+    handle = _claim(item)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _apply_umask(directory: Path) -> None:

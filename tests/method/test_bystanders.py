@@ -16,6 +16,11 @@ def tokenizer():
     return word_tokenizer()
 
 
+def chosen(run, name):
+    """A second matrix, and the neurons of it that are read."""
+    return {name: run.subject.ffns()[name]}, {name: NEURONS}
+
+
 def read_by_hand(name, rows, failing):
     """Activations (N, k) and words (N) at the tokens of these rows that are not in front of a failing token."""
     base, activations, words, slot = decided(), [], [], 0
@@ -34,7 +39,7 @@ def test_it_is_what_plain_forwards_show_at_all_tokens_but_the_failing_ones(max_b
     rows, failing = encode_rows(ROWS, tokenizer), torch.tensor([0, 2])
     with running(star(), tokenizer, max_batch_tokens=max_batch_tokens) as run:
         batches = run.engine.batches(rows)
-        found = Bystanders.of(run.engine, batches, failing, {LAYERS[1]: NEURONS}, torch.tensor([]))
+        found = Bystanders.of(run.engine, batches, failing, *chosen(run, LAYERS[1]), torch.tensor([]))
     wanted, words = read_by_hand(LAYERS[1], rows, set(failing.tolist()))
     # batches have an order of their own
     order, by_hand = (values[:, 0].argsort() for values in (found.activations[LAYERS[1]], wanted))
@@ -47,7 +52,7 @@ def test_of_a_long_batch_some_words_are_watched(tokenizer, monkeypatch):
     monkeypatch.setattr(bystanders, "WATCHED", 3)
     with running(star(), tokenizer) as run:
         batches = run.engine.batches(encode_rows(ROWS, tokenizer))
-        found = Bystanders.of(run.engine, batches, torch.tensor([0]), {LAYERS[0]: NEURONS}, torch.tensor([]))
+        found = Bystanders.of(run.engine, batches, torch.tensor([0]), *chosen(run, LAYERS[0]), torch.tensor([]))
         activations = found.activations[LAYERS[0]]
     assert 1 < len(found.said) <= 3 < len(activations)
 
@@ -57,7 +62,7 @@ def test_of_few_words_nobody_can_tell(fewest, tokenizer, monkeypatch):
     monkeypatch.setattr(bystanders, "FEWEST", fewest)
     with running(star(), tokenizer) as run:
         batches = run.engine.batches(encode_rows(ROWS, tokenizer))
-        found = Bystanders.of(run.engine, batches, torch.tensor([0]), {LAYERS[0]: NEURONS}, torch.tensor([]))
+        found = Bystanders.of(run.engine, batches, torch.tensor([0]), *chosen(run, LAYERS[0]), torch.tensor([]))
         assert len(found.said) == 9 and found.undisturbed(run.engine) == (fewest <= 9)
 
 
@@ -68,7 +73,7 @@ def test_they_are_disturbed_by_a_change_of_what_is_said_but_not_where_that_is_wr
         run.subject.hold({LAYERS[2]: NEURONS})
         batches, failing = run.engine.batches(encode_rows(ROWS, tokenizer)), torch.tensor([0])
         none, every = (
-            Bystanders.of(run.engine, batches, failing, {LAYERS[2]: NEURONS}, wrong)
+            Bystanders.of(run.engine, batches, failing, *chosen(run, LAYERS[2]), wrong)
             for wrong in (torch.tensor([]), torch.arange(tokenizer.vocab_size))
         )
         assert none.undisturbed(run.engine) and every.undisturbed(run.engine)

@@ -183,16 +183,21 @@ def test_what_is_still_wanting_is_asked_for_more(tokenizer, monkeypatch):
     torch.testing.assert_close(asked[1][0], 10 * asked[0][0])
 
 
-def test_what_retained_rows_show_is_protected(tokenizer, monkeypatch):
-    band_of_one(monkeypatch)
-    parts = []
-    plain = focused.shielded
+def protected_parts(monkeypatch):
+    """What is protected in each solve from now on."""
+    parts, plain = [], focused.shielded
 
     def watched(values, part, ridge):
         parts.append(part)
         return plain(values, part, ridge)
 
     monkeypatch.setattr(focused, "shielded", watched)
+    return parts
+
+
+def test_what_retained_rows_show_is_protected(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    parts = protected_parts(monkeypatch)
     arguments = RepairArguments(background=0, learning_rate=0.05, **QUICK)
     repair(star(num_layers=1), tokenizer, FOCUSED, arguments)
     assert parts[0] is None
@@ -205,14 +210,7 @@ def test_what_retained_rows_show_is_protected(tokenizer, monkeypatch):
 def test_what_stands_beside_the_focus_and_other_names_there_are_protected(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
     monkeypatch.setattr(namesakes, "names", lambda: ["w60", "w61"])
-    parts = []
-    plain = focused.shielded
-
-    def watched(values, part, ridge):
-        parts.append(part)
-        return plain(values, part, ridge)
-
-    monkeypatch.setattr(focused, "shielded", watched)
+    parts = protected_parts(monkeypatch)
     row = {"prompt": "w5 w9 w11 w12", "completion": " w20", "focus": "w9 w11"}
     arguments = RepairArguments(background=16, learning_rate=0.05, **QUICK)
     repair(star(num_layers=1), tokenizer, [row], arguments)

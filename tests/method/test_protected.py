@@ -365,15 +365,20 @@ def test_half_precision_is_solved_saved_and_loaded(algorithm, dtype, tokenizer, 
 # how far it reaches
 
 
+@torch.no_grad()
+def before_and_now(model, row):
+    """Log-probabilities (T, V) in a row without the patch and with it."""
+    ids = torch.tensor([row.input_ids])
+    with model.disable_adapter():
+        before = model(input_ids=ids).logits[0].log_softmax(-1)
+    return before, model(input_ids=ids).logits[0].log_softmax(-1)
+
+
 def words_lost(model, tokenizer, rows):
     """Of the model's own words beside the failures the largest loss of probability, by plain forwards."""
     lost = []
     for row in encode_rows(rows, tokenizer):
-        ids = torch.tensor([row.input_ids])
-        with torch.no_grad():
-            with model.disable_adapter():
-                before = model(input_ids=ids).logits[0].softmax(-1)
-            now = model(input_ids=ids).logits[0].softmax(-1)
+        before, now = (log_p.exp() for log_p in before_and_now(model, row))
         said = before.argmax(-1, keepdim=True)
         failing = {p for p, token in zip(row.medium_positions, row.completion_ids) if said[p, 0] != token}
         wrong = {int(said[p, 0]) for p in failing}
@@ -423,11 +428,7 @@ def test_at_retained_tokens_the_neurons_answer_less(reach, tokenizer):
     for model in (plain, careful):
         total = 0.0
         for row in encode_rows(retained, tokenizer):
-            ids = torch.tensor([row.input_ids])
-            with torch.no_grad():
-                with model.disable_adapter():
-                    before = model(input_ids=ids).logits[0].log_softmax(-1)
-                now = model(input_ids=ids).logits[0].log_softmax(-1)
+            before, now = before_and_now(model, row)
             total += float((before.exp() * (before - now)).sum(-1).mean())
         moved.append(total)
     assert moved[1] < moved[0]

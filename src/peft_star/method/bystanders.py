@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from ..engine.batch import Batch
 from ..engine.engine import Engine
@@ -48,6 +49,7 @@ class Bystanders:
         engine: Engine,
         batches: Sequence[Batch],
         failing: torch.Tensor,
+        ffns: dict[str, nn.Module],
         neurons: dict[str, torch.Tensor],
         wrong: torch.Tensor | None = None,
     ) -> Bystanders:
@@ -57,7 +59,8 @@ class Bystanders:
             engine: Runs the pass.
             batches: The rows.
             failing: Slots of the failures.
-            neurons: Per second matrix the neurons (k) whose activations are wanted, int64.
+            ffns: The second matrices by name.
+            neurons: Of each the neurons (k) whose activations are wanted, int64.
             wrong: Token ids that are wrongly said at the failures; None: no words are wanted.
         """
         reading, masks, start = {}, {}, 0
@@ -70,14 +73,11 @@ class Bystanders:
             start += len(rows)
             at = {"rows": rows, "positions": positions, "expected": torch.zeros_like(rows), "slots": slots}
             reading[replace(batch, **at)] = batch
-        modules = {name: engine.model.get_submodule(name) for name in neurons}
-        # a mixture's experts show their activations through a module of their own
-        modules = {name: getattr(module, "second", module) for name, module in modules.items()}
         found = {name: [torch.zeros(0, len(chosen), device=chosen.device)] for name, chosen in neurons.items()}
         heard = Predictions.empty(start)
         for reader in engine.team.share(list(reading)):
             batch = reading[reader]
-            with recording_inputs(modules) as seen:
+            with recording_inputs(ffns) as seen:
                 _listen(engine, reader, batch, heard)
             for name, chosen in neurons.items():
                 (values,) = seen[name]

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..engine.batch import Batch, completion_offsets, make_batches
+from ..engine.batch import completion_offsets, make_batches
 from ..engine.distributed import ALONE
 from ..engine.engine import Engine
 from ..engine.passes import completion_logits
 from ..failures import Row
 from ..models.inputs import context_length, input_device
+from .namesakes import put_in_place
 from .objective import Goal
 from .subject import Run
 
@@ -210,10 +211,7 @@ class _Asked:
 
     def _replaced(self, span: Span, form: str) -> tuple[int, ...]:
         """The tokens up to the span's end, with the form in its place."""
-        # a word's token holds the space in front of it
-        glued = self.tokenizer.decode([self.ids[span.first]])[:1].isspace()
-        form_ids = self.tokenizer(f" {form}" if glued else form, add_special_tokens=False)["input_ids"]
-        return (*self.front, *self.ids[: span.first], *form_ids)
+        return self.front + put_in_place(self.ids, span.first, form, self.tokenizer)
 
     def gains(self, spans: Sequence[Span]) -> list[float]:
         """By how much the tokens behind each span get likelier (nats) with the form that fits best in its place."""
@@ -242,18 +240,9 @@ def _read(engine: Engine, rows: Sequence[Row]) -> tuple[list[torch.Tensor], list
     """Log-probabilities of each row's completion tokens, and those of all tokens (V) at the last of them."""
     log_p: list = [None] * len(rows)
     last: list = [None] * len(rows)
-    starts = completion_offsets(rows)
     for batch in make_batches(rows, engine.max_batch_tokens, input_device(engine.model), engine.model):
         logits = completion_logits(engine.model, batch).float().log_softmax(-1).cpu()
-        for row, part in _parts(batch, starts):
-            log_p[row.index] = logits[part, torch.tensor(row.completion_ids)]
-            last[row.index] = logits[part[-1]]
+        for row, part in zip(batch.items, logits.split([len(row.completion_ids) for row in batch.items])):
+            log_p[row.index] = part[torch.arange(len(part)), torch.tensor(row.completion_ids)]
+            last[row.index] = part[-1]
     return log_p, last
-
-
-def _parts(batch: Batch, starts: Sequence[int]) -> Iterator[tuple[Row, torch.Tensor]]:
-    """The places of each row's logits in a batch."""
-    place = {int(slot): number for number, slot in enumerate(batch.slots)}
-    for row in batch.items:
-        slots = range(starts[row.index], starts[row.index] + len(row.completion_ids))
-        yield row, torch.tensor([place[slot] for slot in slots])

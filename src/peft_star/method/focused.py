@@ -53,12 +53,16 @@ WEIGHT = 100.0
 
 @dataclass(frozen=True)
 class Named:
-    """A row's focus: its site, for the search and behind more texts for the keys; and the row's slots."""
+    """A row's focus: its site, and the row's slots."""
 
     row: Row
-    searched: Site
     site: Site
     slots: slice
+
+    @property
+    def searched(self) -> Site:
+        """The site behind the first texts alone, as targets are searched for."""
+        return Site(self.site.rows[:SEARCHED], self.site.positions[:SEARCHED])
 
 
 def patch(
@@ -144,8 +148,7 @@ def _named(run: Run, row: Row, slots: slice) -> Named:
         ids = row.prompt_ids[:begin] + front + row.prompt_ids[begin:]
         rows.append(Row(len(rows), "", "", ids, row.completion_ids))
         positions.append(tuple(last + len(front) for last in row.focus))
-    searched = Site(tuple(rows[:SEARCHED]), tuple(positions[:SEARCHED]))
-    return Named(row, searched, Site(tuple(rows), tuple(positions)), slots)
+    return Named(row, Site(tuple(rows), tuple(positions)), slots)
 
 
 class _Reader:

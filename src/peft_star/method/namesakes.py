@@ -38,8 +38,12 @@ def namesakes(rows: Sequence[Row], tokenizer) -> Iterator[tuple[int, ...]]:
     said = {tokenizer.decode(row.prompt_ids[start : last + 1]).strip().casefold() for row, start, last in spans}
     others = [name for name in names() if not any(name.casefold() in text or text in name.casefold() for text in said)]
     for number, (row, start, _) in enumerate(spans if others else []):
-        # a word's token holds the space in front of it
-        space = " " if tokenizer.decode([row.prompt_ids[start]])[:1].isspace() else ""
         for place in range(EACH):
-            name = others[(EACH * number + place) % len(others)]
-            yield row.prompt_ids[:start] + tuple(tokenizer(space + name, add_special_tokens=False)["input_ids"])
+            yield put_in_place(row.prompt_ids, start, others[(EACH * number + place) % len(others)], tokenizer)
+
+
+def put_in_place(ids: tuple[int, ...], start: int, text: str, tokenizer) -> tuple[int, ...]:
+    """Tokens up to a span that begins at `start`, and another text in its place."""
+    # a word's token holds the space in front of it
+    space = " " if tokenizer.decode([ids[start]])[:1].isspace() else ""
+    return ids[:start] + tuple(tokenizer(space + text, add_special_tokens=False)["input_ids"])

@@ -80,19 +80,18 @@ def solve(
     tokens, team = run.args.background, run.engine.team
     with run.journal.phase("solve", -(-tokens // WINDOW)):
         layers = run.subject.hold(located)
-        neurons = {layer.name: layer.neurons for layer in layers}
+        ffns, neurons = run.probe(located).ffns, {layer.name: layer.neurons for layer in layers}
         bystanders = None
         if run.args.reach == "problem":
             said, failing = traced.predictions, traced.medium
             wrong = said.argmax[failing[~said.right[failing]]]
-            bystanders = Bystanders.of(run.engine, traced.batches, failing, neurons, wrong)
+            bystanders = Bystanders.of(run.engine, traced.batches, failing, ffns, neurons, wrong)
         if not tokens:
             return layers, Protection([None] * len(layers), bystanders)
-        ffns = run.probe(located).ffns
         shown = background_activations(run.engine, run.subject.tokenizer, ffns, tokens, run.journal.advance)
         beside = [bystanders] if bystanders else []
         if kept:
-            beside.append(Bystanders.of(run.engine, kept, traced.medium, neurons))
+            beside.append(Bystanders.of(run.engine, kept, traced.medium, ffns, neurons))
         factors = []
         for layer in layers:
             if layer.name in shown:
