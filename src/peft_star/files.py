@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -295,3 +297,15 @@ def write_json(path: str | os.PathLike, content: Any, **style: Any) -> None:
 def bytes_of(directory: Path) -> int:
     """The size of all files in a directory and below."""
     return sum(path.stat().st_size for path in directory.expanduser().rglob("*") if path.is_file())
+
+
+def cache_dir() -> Path | None:
+    """Where what was found out about a model is kept: `$PEFT_STAR_CACHE`, by default `$HF_HOME/peft_star`.
+
+    Factors of large heads (8 d² bytes, 134 MB for d = 4096), what a model says by itself, and what that depends on.
+    Any of the files can be deleted at any time. None: none are kept, because `PEFT_STAR_CACHE` is empty or 0.
+    """
+    setting = os.environ.get("PEFT_STAR_CACHE")
+    if setting is None:
+        return Path(HF_HOME) / "peft_star"
+    return None if setting.strip() in ("", "0") else Path(setting).expanduser()

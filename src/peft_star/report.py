@@ -209,6 +209,8 @@ class RepairReport:
         arguments, config: The settings of the run.
         interrupted: The run was stopped before it was done.
         problems: One [`ProblemRecord`] per problem that a row names, and one for the rows that name none.
+        harm: What the patch does to texts that the model says by itself, as `evaluation.TextsHarm`; empty: not
+            measured.
     """
 
     failures: list[FailureRecord]
@@ -223,6 +225,7 @@ class RepairReport:
     versions: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     problems: list[ProblemRecord] = field(default_factory=list)
+    harm: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_solved(self) -> int:
@@ -244,7 +247,12 @@ class RepairReport:
         repaired = all(row.is_right for row in self.rows if row.source == "failures")
         retained = not any(token.source == "retain" for token in self.broken)
         retained = retained and not any(row.broken for row in self.rows if row.source == "retain")
-        return repaired and retained and not self.interrupted
+        return repaired and retained and not self.interrupted and not self.too_harmful
+
+    @property
+    def too_harmful(self) -> bool:
+        """Whether more of the model's own texts change than the run allowed."""
+        return self.harm.get("changed_share", 0.0) > self.arguments.get("max_harm", 1.0)
 
     @property
     def tells_problems(self) -> bool:
@@ -280,6 +288,9 @@ class RepairReport:
         if generated:
             result["rows_generated_exact_before"] = sum(bool(row.generation_exact_before) for row in generated)
             result["rows_generated_exact_after"] = sum(bool(row.generation_exact_after) for row in generated)
+        if self.harm:
+            result["own_texts"] = self.harm["texts"]
+            result["own_texts_unchanged"] = self.harm["unchanged"]
         if related:
             result["related_rows"] = len(related)
             result["related_fixed"] = sum(row.is_right and not row.was_right for row in related)
@@ -328,6 +339,12 @@ class RepairReport:
             f"{figures['steps']} steps, {figures['seconds']:.1f} s.",
             "",
         ]
+        if self.harm:
+            lines += [
+                f"{self.harm['unchanged']} of {self.harm['texts']} texts that the model says by itself come out "
+                f"unchanged; KL there {self.harm['kl']:.2g} nats a token.",
+                "",
+            ]
         if self.interrupted:
             lines += ["The run was interrupted; this is what was finished.", ""]
         if self.failures:
@@ -426,9 +443,10 @@ def _checked(record: Any) -> Any:
         value, kinds = getattr(record, item.name), _KINDS.get(item.type)
         if kinds and not isinstance(value, kinds):
             raise TypeError(f"{item.name} is {type(value).__name__}")
-    for name, seconds in getattr(record, "seconds", {}).items():
-        if not isinstance(seconds, (int, float)):
-            raise TypeError(f"the seconds of {name} are {type(seconds).__name__}")
+    for what in ("seconds", "harm"):
+        for name, value in getattr(record, what, {}).items():
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"the {what} of {name} are {type(value).__name__}")
     for act in getattr(record, "acts", []):
         if not all(isinstance(text, str) for text in (act["how"], *act["tokens"], *act["layers"])):
             raise TypeError("where it acts is no text")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engine.batch import completion_offsets
 from ..engine.predictions import Predictions
+from ..evaluation.own_texts import TextsHarm
 from ..failures import Row
 from ..report import (
     CONTEXT_CHARACTERS,
@@ -130,7 +131,9 @@ class Records:
         return records
 
 
-def make_report(run: Run, case: Case, before: Seen, after: Seen, interrupted: bool) -> RepairReport:
+def make_report(
+    run: Run, case: Case, before: Seen, after: Seen, harm: TextsHarm | None, interrupted: bool
+) -> RepairReport:
     """What the repair of these rows is found to have done."""
     journal = run.journal
     report = RepairReport(
@@ -145,6 +148,7 @@ def make_report(run: Run, case: Case, before: Seen, after: Seen, interrupted: bo
         config=_plain(run.subject.config.to_dict()),
         versions={name: version(name) for name in ("torch", "transformers", "peft")},
         interrupted=interrupted,
+        harm={} if harm is None else harm.to_dict(),
     )
     for source, (rows, slots) in case.parts.items():
         if rows:

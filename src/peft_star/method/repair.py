@@ -22,6 +22,7 @@ from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
 from .callbacks import Journal, RepairCallback
+from .gate import within_limits
 from .locate import locate
 from .objective import Goal
 from .records import make_report
@@ -78,13 +79,13 @@ def repair(
     retained, related = (
         _encode_optional(subject, given, name) for given, name in ((retain, "retain row"), (related, "related row"))
     )
-    interrupted = after = None
+    interrupted = after = harm = None
     with _running(subject, args, journal, (rows, retained, related)) as run:
         case = Case.of(run.engine, rows, retained, related)
         before, traced = look_before(run, case)
         seen = look_at_related(run, case, before) if related else before
         try:
-            after = MODES[args.mode](run, case, before, traced)
+            after, harm = within_limits(run, case, before, traced, MODES[args.mode])
         except KeyboardInterrupt as error:
             # several processes do not stop at the same place, so they cannot go on together
             if run.engine.team.size > 1:
@@ -92,7 +93,7 @@ def repair(
             interrupted = error
         subject.config.base_fingerprint = fingerprint(subject.base)
         now = verify(run, case, after, args.verify_generation and not interrupted)
-        report = make_report(run, case, seen, now, interrupted is not None)
+        report = make_report(run, case, seen, now, harm, interrupted is not None)
     remember_report(model, subject.adapter, report)
     journal.call("on_repair_end")
     if interrupted is not None:
@@ -170,7 +171,8 @@ def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
 def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
     """Each failure with a prior of its own; those that a later patch undid come up again (mode "single")."""
     journal, now = run.journal, before.predictions
-    wrong = ~now.right[case.parts["failures"][1]]
+    wrong = torch.zeros_like(now.right[case.parts["failures"][1]])
+    wrong[case.failing(now)] = True
     journal.state.num_failures = int(wrong.sum())
     batches = case.one_row_each()
     if wrong.any():

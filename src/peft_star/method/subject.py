@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.batch import Batch
 from ..engine.engine import Engine
+from ..engine.own_texts import OwnTexts, own_texts
 from ..failures import Row, encode_rows
 from ..models import structure
 from ..models.fingerprint import check_base
@@ -50,7 +52,7 @@ class Subject:
     model: nn.Module
     tokenizer: Any
     adapter: str
-    num_neurons: int | float
+    num_neurons: int | float | str
     decoder_of: dict[str, str]
     decoder_layers: dict[str, nn.Module]
 
@@ -144,6 +146,35 @@ class Subject:
             for name in located
         ]
 
+    def snapshot(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The patch as it is: per module its neurons (k) and its delta (k, d)."""
+        return {
+            name: (layer.star_neurons[self.adapter].clone(), layer.star_delta[self.adapter].detach().clone())
+            for name, layer in self.layers().items()
+        }
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Make the patch what it was at the snapshot."""
+        self.model.base_model.retarget(self.adapter, {name: neurons for name, (neurons, _) in snapshot.items()})
+        for name, layer in self.layers().items():
+            neurons, delta = snapshot[name]
+            layer.star_neurons[self.adapter].copy_(neurons)
+            layer.star_delta[self.adapter].copy_(delta)
+
+    @contextmanager
+    def unpatched(self) -> Iterator[None]:
+        """The base model's own voice: the patch is off, and what is trainable stays as it is."""
+        layers = list(self.layers().values())
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+                layer.star_delta[self.adapter].requires_grad_(False)
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Evaluation mode, and nothing trainable; everything back as it was afterwards."""
@@ -208,6 +239,17 @@ class Run:
     subject: Subject
     args: RepairArguments
     journal: Journal
+
+    def own_texts(self) -> OwnTexts:
+        """What the base model says by itself; generated when it is first asked for."""
+        with self.subject.unpatched():
+            return own_texts(self.engine, self.subject.tokenizer, self.journal.advance)
+
+    @cached_property
+    def own_batches(self) -> list[Batch]:
+        """Texts that the base model says by itself and that no patch is solved by."""
+        texts = self.own_texts().measured
+        return self.engine.batches(texts) if texts else []
 
     def probe(self, names: Iterable[str] | None = None) -> Probe:
         """What a trace has to read for the algorithm in use, of these FFNs or of all that may be patched."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from ..engine.batch import Batch, completion_offsets, make_batches
 from ..engine.engine import Engine
 from ..engine.passes import generate, predict
@@ -22,7 +24,7 @@ MOST_BEHIND = 50  # rows of which that is looked at, as many as a report shows
 class Case:
     """The rows of one repair in batches. Their completion tokens are numbered through: the slots of the retained rows
     come behind those of the failures' rows, and make up S with them. What patches knows these alone: the slots of the
-    related rows, which are only looked at, lie behind."""
+    related rows, which are only looked at, lie behind. `left_out`: failures' rows, by index, that are not repaired."""
 
     rows: Sequence[Row]
     retained: Sequence[Row]
@@ -30,6 +32,7 @@ class Case:
     retained_batches: tuple[Batch, ...]
     related: Sequence[Row] = ()
     related_batches: tuple[Batch, ...] = ()
+    left_out: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, engine: Engine, rows: Sequence[Row], retained: Sequence[Row], related: Sequence[Row] = ()) -> Case:
@@ -48,6 +51,14 @@ class Case:
             "retain": (self.retained, slice(own, own + kept)),
             "related": (self.related, slice(own + kept, None)),
         }
+
+    def failing(self, seen: Predictions) -> torch.Tensor:
+        """The slots (n) of what is to be repaired: wrong tokens of the failures' rows but those that are left out."""
+        wrong = ~seen.right[self.parts["failures"][1]]
+        for row, start in zip(self.rows, completion_offsets(self.rows)):
+            if row.index in self.left_out:
+                wrong[start : start + len(row.completion_ids)] = False
+        return wrong.nonzero()[:, 0]
 
     def one_row_each(self) -> list[Batch]:
         """The failures' rows in their order, a batch each. Made once, what is replayed of a row serves all of its

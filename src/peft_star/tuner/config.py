@@ -29,12 +29,16 @@ LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
 
 
-def _check_amount(name: str, value: Any, noun: str) -> int | float:
+# the number of neurons that a repair chooses by itself, and how many an adapter has before
+AUTO, AUTO_NEURONS = "auto", 64
+
+
+def _check_amount(name: str, value: Any, noun: str, other: str = "") -> int | float:
     """Return `value` as a Python int (a count) or float (a share in (0, 1]), or say what is wrong with it."""
     # bool is an Integral in Python, so it has to be refused before the other checks
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"`{name}` should be an int (the number of {noun}) or a float in (0, 1] (a share of them), "
+            f"`{name}` should be an int (the number of {noun}) or a float in (0, 1] (a share of them){other}, "
             f"got {value!r} of type {type(value).__name__}."
         )
     if isinstance(value, numbers.Integral):
@@ -85,9 +89,11 @@ class StarConfig(PeftConfig):
     delta to a few *neurons* of the feed-forward networks. A neuron is a column of the FFN's second matrix.
 
     Args:
-        num_neurons (`Union[int, float]`, *optional*, defaults to `64`):
+        num_neurons (`Union[int, float, Literal["auto"]]`, *optional*, defaults to `"auto"`):
             How many neurons are patched in each target module: an int is a number of neurons, a float in (0, 1] is a
-            share of the module's neurons. About 64 is where the paper finds the best repairs (section 5.2, Figure 6).
+            share of the module's neurons. "auto" is 64, about where the paper finds the best repairs (section 5.2,
+            Figure 6), and in a repair of more than 8 failing tokens at once 8 for each of them: with fewer neurons
+            than there are things to tell apart, a patch answers to other text, too.
         target_modules (`Optional[Union[list[str], str]]`, *optional*):
             The names of the modules to apply the adapter to. If this is None, the second matrix of every FFN is found
             from the model's structure. When passing a string, a regex match is performed; when passing a list of
@@ -141,12 +147,12 @@ class StarConfig(PeftConfig):
         TypeError: A value has the wrong type.
     """
 
-    num_neurons: int | float = field(
-        default=64,
+    num_neurons: int | float | Literal["auto"] = field(
+        default="auto",
         metadata={
             "help": (
                 "How many neurons are patched in each target module: an int is a number of neurons, a float in (0, 1] "
-                "is a share of the module's neurons."
+                "is a share of the module's neurons, 'auto' is 64, and more where a repair has many failures to solve."
             )
         },
     )
@@ -270,7 +276,8 @@ class StarConfig(PeftConfig):
             set(self.exclude_modules) if isinstance(self.exclude_modules, (list, tuple)) else self.exclude_modules
         )
 
-        self.num_neurons = _check_amount("num_neurons", self.num_neurons, "neurons")
+        if self.num_neurons != AUTO:
+            self.num_neurons = _check_amount("num_neurons", self.num_neurons, "neurons", f" or {AUTO!r}")
         self.num_layers = _check_amount("num_layers", self.num_layers, "layers")
         self._check_layers_to_transform()
         self._check_layer_selection()

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.quantized import readable
 from ..sharing.patch_files import INDEX_DTYPE, check_delta, check_neurons
-from .config import StarConfig
+from .config import AUTO, AUTO_NEURONS, StarConfig
 
 # what [`count_of`] says of a module, in the words of its configuration
 TOO_MANY_NEURONS = (
@@ -26,7 +26,7 @@ TOO_MANY_NEURONS = (
 
 
 def count_of(
-    amount: int | float,
+    amount: int | float | str,
     total: int,
     what: str,
     too_many: str = "{amount} {what} were asked for, but there are {total}; ask for at most {total}.",
@@ -34,7 +34,7 @@ def count_of(
     """Turn a count (int) or a share (float in (0, 1]) of `total` into a count; a share is rounded, but at least 1.
 
     Args:
-        amount: The count or the share.
+        amount: The count or the share, or "auto": 64, or as many as there are.
         total: How many there are.
         what: What is counted, for the message.
         too_many: The message, with `{amount}`, `{total}` and `{what}`.
@@ -42,6 +42,8 @@ def count_of(
     Raises:
         ValueError: More than there are.
     """
+    if amount == AUTO:
+        return min(AUTO_NEURONS, total)
     if isinstance(amount, float):
         return min(total, max(1, round(amount * total)))
     if amount > total:

@@ -33,14 +33,17 @@ from ..sharing.patch_files import (
     check_neurons,
     is_patch,
 )
-from .config import StarConfig
+from .config import AUTO, StarConfig
 from .experts import Experts
 from .layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, execution_device, spread_neurons, star_layers
 
 
 def record_counts(config: StarConfig, counts: dict[str, int]) -> None:
     """Write the numbers of neurons of the modules, by plain name, into the config."""
-    if len(set(counts.values())) == 1:
+    if config.num_neurons == AUTO:
+        # what is repaired next with this adapter may need another number
+        config.neurons_per_module = dict(sorted(counts.items()))
+    elif len(set(counts.values())) == 1:
         config.num_neurons = next(iter(counts.values()))
         config.neurons_per_module = None
     else:
