@@ -187,7 +187,7 @@ def scripted(states, monkeypatch, learning_rate=1.0):
     journal = SimpleNamespace(step=lambda step, solved, loss: steps.append(delta.detach().clone()))
     with keeping_best([delta], goal.task, before, journal) as best:
         layer = HeldLayer("layer", delta, torch.tensor([0]))
-        protected.patch(run, goal, [layer], Protection([None]), traced, best)
+        protected.patch(run, goal, [layer], Protection([None], [None]), traced, best)
     return best.predictions, delta.detach(), steps
 
 
