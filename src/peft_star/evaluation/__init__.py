@@ -2,8 +2,8 @@
 
 [`evaluate`] has the metrics of RQ1, on teacher-forced predictions and on greedy generation, and [`compare`] what
 changed between two of them; [`side_by_side`] shows what is generated with a patch and without it. [`gaps`] and
-[`side_effects`] have RQ3: generalization and specificity. [`TextProbe`] goes beyond the paper: it measures harm on text
-that has nothing to do with a repair.
+[`side_effects`] have RQ3: generalization and specificity. [`TextProbe`] goes beyond the paper: it measures harm on
+text that has nothing to do with a repair.
 """
 
 from ..files import write_json
