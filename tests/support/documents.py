@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,42 @@ _BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n)?^ *```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^ *```$", re.M | re.S
 )
 _OUTPUT = re.compile(r"(?:-o|--output) (\S+)")
+# Importing torch and transformers takes longer than most commands: a process that has done so forks for each of them.
+_SERVER = """
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+import transformers.models.llama
+from peft_star.cli import main
+while True:
+    client, _ = server.accept()
+    message, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    words, folder = json.loads(message)
+    child, code = os.fork(), 1
+    if child == 0:
+        os.chdir(folder)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        try:
+            main(words)
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    for stream in streams:
+        os.close(stream)
+    client.sendall(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+    client.close()
+"""
+_CLIENT = """#!{python}
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [json.dumps([sys.argv[1:], os.getcwd()]).encode()], [0, 1, 2])
+sys.exit(int(server.recv(16) or 1))
+"""
 # runs what it is given in one namespace, as a reader does who types the blocks of a page one after the other
 _INTERPRETER = """
 import contextlib, io, json, sys, traceback
@@ -60,13 +98,16 @@ class Reader:
     def __init__(self, folder: Path, variables: dict[str, str], prelude: str = "") -> None:
         programs = folder / "bin"
         programs.mkdir()
-        for name, words in {"python": "", "peft-star": "-m peft_star"}.items():
-            path = programs / name
-            path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
-            path.chmod(0o755)
+        address = f"{tempfile.mkdtemp()}/commands"  # a socket's address is short
+        python = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
+        commands = _CLIENT.format(python=sys.executable, address=address)
+        for name, script in {"python": python, "peft-star": commands}.items():
+            (programs / name).write_text(script)
+            (programs / name).chmod(0o755)
         self.folder = folder
         self.environment = {**os.environ, **variables, "PATH": f"{programs}:{os.environ['PATH']}"}
-        self.prelude, self.interpreter = prelude, None
+        self.prelude, self.interpreter, self.server = prelude, None, None
+        self.address = Path(address)
 
     def run(self, block: Block) -> str:
         """Run a block and return what it printed; an AssertionError says what went wrong."""
@@ -77,6 +118,13 @@ class Reader:
             shutil.rmtree(self.folder / name, ignore_errors=True)  # a page may make again what it had
             if (self.folder / name).is_file():
                 (self.folder / name).unlink()
+        if self.server is None and "peft-star" in code:
+            self.server = subprocess.Popen(
+                [sys.executable, "-c", _SERVER, self.address], env=self.environment, stderr=subprocess.DEVNULL
+            )
+            while not self.address.exists():
+                assert self.server.poll() is None, "the commands cannot be imported"
+                time.sleep(0.05)
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", code],
             cwd=self.folder,
@@ -110,6 +158,10 @@ class Reader:
         return said
 
     def close(self) -> None:
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait()
+        shutil.rmtree(self.address.parent)
         if self.interpreter is not None:
             self.interpreter.stdin.close()
             self.interpreter.wait(timeout=60)

@@ -91,6 +91,7 @@ def patch(once, smollm2_dir: Path) -> Path:
         write_rows(directory)
         reader = Reader(directory, {"HF_HUB_OFFLINE": "1"})
         reader.shell("peft-star repair MODEL failures.jsonl --retain retain.jsonl -o my-patch")
+        reader.close()
 
     return once("documents-patch", make) / "my-patch"
 
