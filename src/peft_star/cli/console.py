@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers.utils import logging
 from .. import RepairArguments, RepairCallback, RepairReport, RepairState
 from ..engine.distributed import is_main_process
 from ..report import PROBLEM_COLUMNS
+from ..text import harmless, one_line
 
 SHOWN_ROWS = 20
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the direction of a text
 
 
 def is_main() -> bool:
@@ -186,25 +185,13 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
 
 def escape(text: str) -> str:
     """A text of any origin as a terminal may be given it, without markup and without characters that move or turn what
-    is written, by which a stranger's patch could hide what it is. Line ends and tabs stay."""
-    return markup.escape("".join(_code_point(char) if _moves(char) else char for char in text))
-
-
-def _moves(char: str) -> bool:
-    return char not in "\n\t" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _DIRECTIONS)
-
-
-def _code_point(char: str) -> str:
-    number = ord(char)
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+    is written. Line ends and tabs stay."""
+    return markup.escape(harmless(text))
 
 
 def visible(text: str) -> str:
     """A piece of text on one line, its line ends and the spaces around it shown."""
-    inner = text.strip(" ")
-    start = len(text) - len(text.lstrip(" "))
-    text = "·" * start + inner + "·" * (len(text) - start - len(inner))
-    return escape(text.replace("\n", "\\n").replace("\t", "\\t") or "(none)")
+    return markup.escape(one_line(text))
 
 
 def format_size(count: int) -> str:

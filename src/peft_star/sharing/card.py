@@ -140,7 +140,7 @@ def model_card(
     sections += _usage(where, base, name, read("revision"), task, subfolder)
     sections += _twin(where, base, name, read("revision"), task) if lora else []
     if report:
-        sections += _repaired(report, plot) + _damage(report)
+        sections += _repaired(report, plot, where) + _damage(report)
     if command:
         sections.append(f"## How it was made\n\n```bash\n{command}\n```")
     if report and report.versions:
@@ -371,12 +371,15 @@ def _twin(where: str, base: str | None, name: str | None, revision: str | None, 
     ]
 
 
-def _repaired(report: RepairReport, plot: bool) -> list[str]:
+def _repaired(report: RepairReport, plot: bool, where: str) -> list[str]:
     picture = (
         "\n\n![Each failing token's lead over its strongest rival before and after, and the patch's size by layer]"
         f"({PLOT_NAME})"
     )
-    return [f"## What was repaired\n\n{report.to_markdown(SHOWN_ROWS).strip()}{picture if plot else ''}"]
+    return [
+        f"## What was repaired\n\n{report.to_markdown(SHOWN_ROWS).strip()}{picture if plot else ''}"
+        f"\n\n`peft-star report {where} -o report.html` shows all of it as a page, with a map of the patched neurons."
+    ]
 
 
 def _damage(report: RepairReport) -> list[str]:
