@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .files import read_json, recover
 from .models.names import own_keys
 from .models.structure import find_second_matrices, neuron_shape
-from .sharing.download import find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
+from .sharing.download import ANSWER_SECONDS, find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
 from .sharing.patch_files import (
     CONFIG_NAME,
     REPORT_NAME,
@@ -179,14 +179,14 @@ def _ask_hub(model: str, revision: str | None, token: str | None) -> bool:
     and without a network each of them is retried for half a minute.
     """
     try:
-        files = {file.rfilename for file in HfApi(token=token).model_info(model, revision=revision).siblings or []}
+        info = HfApi(token=token).model_info(model, revision=revision, timeout=ANSWER_SECONDS)
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise hub_error(error, model, "model") from error
     except Exception as error:
         if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
             return False
         raise hub_error(error, model, "model") from error
-    if CONFIG_NAME in files:
+    if CONFIG_NAME in {file.rfilename for file in info.siblings or []}:
         raise ValueError(f"{model} is an adapter, not a model; give its base model instead.")
     return True
 

@@ -334,6 +334,11 @@ def test_bad_options_are_2_and_leave_nothing(
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "both be text or both be lists"),
         ('{"prompt": "a", "completion": "b", "focus": "c"}', "line 1: 'focus' 'c' does not occur in the prompt"),
         ('{"prompt": "a", "completion": "b", "problem": 1}', "line 1: 'problem' is int; it must be text"),
+        ('{"prompt": "a", "prompt": "c", "completion": "b"}', "line 1: not JSON (key 'prompt' is there twice)"),
+        (
+            '\n{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}',
+            "rows.jsonl, line 3: 'c' is wanted behind the same prompt as in",
+        ),
     ],
 )
 def test_bad_rows_are_2_before_any_model_is_loaded(run: Run, tmp_path: Path, text: str | None, message: str) -> None:
@@ -345,6 +350,26 @@ def test_bad_rows_are_2_before_any_model_is_loaded(run: Run, tmp_path: Path, tex
     assert is_one_sentence(result), result.err
     assert message in result.err
     assert not (tmp_path / "patch").exists()
+
+
+def test_a_retained_row_against_a_failure_is_2_before_any_model_is_loaded(
+    run: Run, failures: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    retain = write_rows("retain.jsonl", ("abc", "d"), ("xyz", "?"))
+    result = run("repair", "./no-model-is-needed", failures, "-o", tmp_path / "patch", "--retain", retain)
+    assert result.code == 2 and is_one_sentence(result)
+    assert f"{retain}, line 2: '?' has to stay behind the same prompt as in {failures}, line 2, where" in result.err
+
+
+def test_rows_of_a_table_and_their_ids_go_through_to_the_report(run: Run, tiny_dir: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "failures.csv"
+    rows.write_text('id,prompt,completion,focus\nBUG-12,"a b",cd,a\n,xyz,!,\n')
+    result = run("repair", tiny_dir, rows, "-o", tmp_path / "patch", *SOLVABLE)
+    assert result.code == 0, result.err
+    report = RepairReport.load(tmp_path / "patch" / "repair_report.json")
+    assert [(row.id, row.line, row.row) for row in report.rows] == [("BUG-12", 2, 0), (None, 3, 1)]
+    assert "2 (BUG-12)" in result.err and "| 2 (BUG-12) |" in (tmp_path / "patch" / "README.md").read_text()
+    assert "2 (BUG-12)" in run("inspect", tmp_path / "patch").err
 
 
 def test_rows_that_do_not_fit_the_model(

@@ -115,13 +115,14 @@ def progress(as_json: bool) -> Iterator[RepairCallback]:
 
 def print_report(report: RepairReport, console: Console, layers: bool = True) -> None:
     """The report as tables: failing tokens before and after, the problems, what broke, the totals."""
+    labels = report.labels()
     if report.failures:
         table = Table(
             "row", "context", "expected", "before", "after", "", title="Failing tokens", title_justify="left"
         )
         for item in report.failures[:SHOWN_ROWS]:
             table.add_row(
-                str(item.row),
+                visible(labels["failures", item.row]),
                 visible(item.context),
                 visible(item.expected),
                 visible(item.before),
@@ -137,7 +138,7 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     if going_on:
         table = Table("row", "completion", "goes on with", title="Behind the completions", title_justify="left")
         for row in going_on[:SHOWN_ROWS]:
-            table.add_row(str(row.row), visible(row.completion), visible(row.goes_on))
+            table.add_row(visible(row.label), visible(row.completion), visible(row.goes_on))
         console.print(table)
         if len(going_on) > SHOWN_ROWS:
             console.print(f"... and {len(going_on) - SHOWN_ROWS} more, in the report.")
@@ -155,9 +156,8 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     if report.broken:
         table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
         for item in report.broken[:SHOWN_ROWS]:
-            table.add_row(
-                visible(item.source), str(item.row), visible(item.context), visible(item.expected), visible(item.after)
-            )
+            row = labels[item.source, item.row]
+            table.add_row(*map(visible, (item.source, row, item.context, item.expected, item.after)))
         console.print(table)
     figures = report.summary()
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -46,7 +46,12 @@ METRICS = {
 @command(cls=SpreadCommand)
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help='One {"prompt": ..., "completion": ...} a line.')],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.jsonl", help='One {"prompt": ..., "completion": ...} a line; .csv and .parquet go, too.'
+        ),
+    ],
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="PATCH ...", help="Patches to evaluate, all on the model at once."),

@@ -13,6 +13,7 @@ from .. import RepairArguments, RepairInterrupted, StarConfig
 from .. import repair as run_repair
 from ..engine.distributed import launched
 from ..failures import read_rows
+from ..row_checks import check_contradictions
 from ..sharing.card import short_name
 from ..sharing.hub import check_repo_id, check_token
 from ..sharing.patch_files import check_patch_output
@@ -57,7 +58,10 @@ DTYPE = "auto"
 def repair(
     model: Model,
     failures: Annotated[
-        Path, typer.Argument(metavar="FAILURES.jsonl", help='One {"prompt": ..., "completion": ...} a line.')
+        Path,
+        typer.Argument(
+            metavar="FAILURES.jsonl", help='One {"prompt": ..., "completion": ...} a line; .csv and .parquet go, too.'
+        ),
     ],
     output: PatchOutput,
     *,
@@ -101,6 +105,7 @@ def repair(
     check_patch_output(output, overwrite, inputs=(failures, retain, related, model))
     rows = read_rows(failures)
     others = {"retain": read_rows(retain) if retain else None, "related": read_rows(related) if related else None}
+    check_contradictions(rows, others["retain"] or ())
     if push_to_hub:
         check_repo_id(push_to_hub)
         check_token(token)

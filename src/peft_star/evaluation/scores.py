@@ -20,7 +20,7 @@ from ..engine.engine import Engine
 from ..failures import Row
 from ..files import write_json
 from ..models.inputs import evaluating, input_device
-from ..report import code
+from ..report import code, escaped, label_of
 from .rows import encode
 from .text_metrics import MeanScores, TextMetrics, TextScores
 
@@ -30,12 +30,13 @@ class RowEvaluation:
     """One row.
 
     Attributes:
-        row: Its index.
+        row: Its index, from 0.
         prompt, completion: Its texts.
         expected_ids: The completion's tokens.
         predicted_ids: The model's argmax for each of them, given the right tokens before it.
         log_likelihood: Log-probability of the completion, in nats.
         teacher_forced, generated: Scores of the argmax tokens' text, and of the greedy generation's (None: not run).
+        id, line: What it is called elsewhere, and how people count it; see [`~peft_star.report.RowRecord`].
     """
 
     row: int
@@ -46,6 +47,13 @@ class RowEvaluation:
     log_likelihood: float
     teacher_forced: TextScores
     generated: TextScores | None = None
+    id: str | None = None
+    line: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The row for readers: its line or number, with its id."""
+        return label_of(self)
 
     @property
     def right(self) -> list[bool]:
@@ -124,9 +132,8 @@ class Evaluation:
             lines += ["| row | expected | said | edit similarity |", "| --- | --- | --- | --- |"]
             for row in wrong[:max_rows]:
                 scores = row.generated or row.teacher_forced
-                lines.append(
-                    f"| {row.row} | {code(row.completion)} | {code(scores.text)} | {scores.edit_similarity:.3f} |"
-                )
+                cells = escaped(row.label), code(row.completion), code(scores.text), f"{scores.edit_similarity:.3f}"
+                lines.append(f"| {' | '.join(cells)} |")
             if len(wrong) > max_rows:
                 lines.append(f"| … | {len(wrong) - max_rows} more | | |")
             lines.append("")
@@ -259,6 +266,8 @@ def evaluate(
             log_likelihood=part.sum().item(),
             teacher_forced=forced[number],
             generated=None if said is None else said[number],
+            id=row.id,
+            line=row.number,
         )
         for number, (row, part) in enumerate(zip(items, log_p.split(lengths)))
     ]

@@ -121,6 +121,8 @@ class Records:
                 exact_before=right_before == len(row.completion_ids),
                 exact_after=right_after == len(row.completion_ids),
                 problem=row.problem,
+                id=row.id,
+                line=row.number,
             )
             for when, generated in (("before", generated_before), ("after", generated_after)):
                 if generated is not None:

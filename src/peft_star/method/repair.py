@@ -17,6 +17,7 @@ from ..engine.replay import Replay
 from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
+from ..row_checks import check_contradictions
 from ..sharing.hub import remember_report
 from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
@@ -58,7 +59,8 @@ def repair(
         tokenizer: Its tokenizer.
         failures: Rows `{"prompt", "completion"}`, strings or lists of chat messages; a list or a `datasets.Dataset`.
             They may carry `focus` (a text span of the prompt, or a list of spans, that the problem is about),
-            `problem` (a name) and `end` (whether the model is to stop where the completion does), too.
+            `problem` (a name), `end` (whether the model is to stop where the completion does) and `id` (what the row
+            is called elsewhere), too.
         args: How to run; defaults to `RepairArguments()`.
         retain: Rows of the same form that must stay as they are; tokens of theirs that break join the loss.
         related: Rows of the same form that are only looked at, for the report to say how far the repair carries over.
@@ -74,10 +76,7 @@ def repair(
     """
     args = args or RepairArguments()
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, callbacks)
-    rows = subject.encode(failures, "failures row")
-    retained, related = (
-        _encode_optional(subject, given, name) for given, name in ((retain, "retain row"), (related, "related row"))
-    )
+    rows, retained, related = _encode(subject, failures, retain, related)
     interrupted = after = None
     with _running(subject, args, journal, (rows, retained, related)) as run:
         case = Case.of(run.engine, rows, retained, related)
@@ -119,7 +118,7 @@ def prepare(
     """
     args = args or RepairArguments(disable_tqdm=True)
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, ())
-    rows = subject.encode(failures, "failures row")
+    rows, _, _ = _encode(subject, failures)
     with _running(subject, args, journal, rows) as run:
         batches = run.engine.batches(rows)
         with journal.phase("trace", run.engine.team.rows(batches)):
@@ -131,10 +130,19 @@ def prepare(
     return {name: delta.star_prior for name, delta in deltas.items()}
 
 
-def _encode_optional(subject: Subject, rows: Iterable[dict[str, Any]] | None, name: str) -> list[Row]:
-    """The rows as tokens, if there are any."""
-    rows = list(rows) if rows is not None and not isinstance(rows, (str, bytes, dict)) else rows
-    return subject.encode(rows, name) if rows else []
+def _encode(subject: Subject, failures: Any, retain: Any = None, related: Any = None) -> list[list[Row]]:
+    """The failures, the retained and the related rows as tokens, after a look whether they agree."""
+    given = [
+        rows if rows is None or isinstance(rows, (str, bytes, dict, list)) else list(rows)
+        for rows in (failures, retain, related)
+    ]
+    names = ("failures row", "retain row", "related row")
+    encoded = [
+        subject.encode(rows, name) if rows or number == 0 else []
+        for number, (rows, name) in enumerate(zip(given, names))
+    ]
+    check_contradictions(given[0], given[1] or ())
+    return encoded
 
 
 @contextmanager
