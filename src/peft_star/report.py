@@ -317,8 +317,14 @@ class RepairReport:
         return {"summary": self.summary(), **asdict(self)}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the report as JSON; the file at `path` is replaced only when the new one is complete."""
-        write_json(path, self.to_dict())
+        """Write the report as JSON; the file at `path` is replaced only when the new one is complete.
+
+        Equal repairs write equal files: the seconds go beside it, into `x.times.json` of `x.json`.
+        """
+        content = self.to_dict()
+        content["summary"].pop("seconds")
+        write_json(_times_of(path), {"seconds": content.pop("seconds")})
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RepairReport:
@@ -330,8 +336,11 @@ class RepairReport:
         try:
             data = read_json(Path(path))
             known = {item.name for item in fields(cls)}
-            # reports of earlier versions know no problems
+            # reports of earlier versions know no problems, and hold their seconds themselves
             data = {"problems": [], **{key: value for key, value in data.items() if key in known}}
+            if "seconds" not in data:
+                times = _times_of(path)
+                data["seconds"] = read_json(times)["seconds"] if times.is_file() else {}
             for key, kind in (
                 ("failures", FailureRecord),
                 ("rows", RowRecord),
@@ -351,7 +360,7 @@ class RepairReport:
             f"**{figures['solved']} of {figures['failures']} failing tokens solved**, "
             f"{figures['rows_exact_before']} → {figures['rows_exact_after']} of {figures['rows']} rows right, "
             f"{figures['tokens_broken']} tokens broken; {figures['layers']} layers, {figures['neurons']} neurons, "
-            f"{figures['steps']} steps, {figures['seconds']:.1f} s.",
+            f"{figures['steps']} steps.",
             "",
         ]
         if self.interrupted:
@@ -443,6 +452,11 @@ class RepairReport:
         right.set_title(f"{sum(len(item.neurons) for item in self.layers)} neurons in {len(self.layers)} layers")
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def _times_of(path: str | os.PathLike) -> Path:
+    """Where the seconds of the report at `path` are kept."""
+    return Path(path).with_suffix(".times.json")
 
 
 def _checked(record: Any) -> Any:

@@ -114,6 +114,7 @@ def test_repair_writes_a_patch_that_peft_loads(
         "adapter_config.json",
         "adapter_model.safetensors",
         "repair_report.json",
+        "repair_report.times.json",
         "report.png",
     ]
     assert names(target.parent) == ["patch"]
@@ -172,7 +173,9 @@ def test_repair_json_is_one_document(run: Run, tiny_dir: Path, failures: Path, t
     assert result.json["bytes"] > 0
     assert len(result.json["failures"]) == 3
     saved = json.loads((tmp_path / "patch" / "repair_report.json").read_text())
-    assert {key: result.json[key] for key in saved} == saved
+    told = result.json
+    assert told["summary"].pop("seconds") > 0  # kept in a file of its own
+    assert {key: told[key] for key in saved} == saved
 
 
 def test_json_from_a_shell_leaves_stdout_to_the_document(tiny_dir: Path, failures: Path, tmp_path: Path) -> None:
@@ -361,6 +364,21 @@ def test_a_retained_row_against_a_failure_is_2_before_any_model_is_loaded(
     assert f"{retain}, line 2: '?' has to stay behind the same prompt as in {failures}, line 2, where" in result.err
 
 
+def test_equal_repairs_write_equal_files_but_for_their_times(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path
+) -> None:
+    for target in ("one", "two"):
+        result = run("repair", tiny_dir, failures, "-o", tmp_path / target / "patch", *SOLVABLE)
+        assert result.code == 0 and "seconds" in result.err
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n / "patch").iterdir()} for n in ("one", "two"))
+    assert one.pop("repair_report.times.json") != two.pop("repair_report.times.json")
+    assert one == two and "repair_report.json" in one
+    shown = [run("inspect", tmp_path / target / "patch").err for target in ("one", "two")]
+    assert all("seconds" in text for text in shown)
+    (tmp_path / "one" / "patch" / "repair_report.times.json").unlink()
+    assert "seconds" not in run("inspect", tmp_path / "one" / "patch").err
+
+
 def test_rows_of_a_table_and_their_ids_go_through_to_the_report(run: Run, tiny_dir: Path, tmp_path: Path) -> None:
     rows = tmp_path / "failures.csv"
     rows.write_text('id,prompt,completion,focus\nBUG-12,"a b",cd,a\n,xyz,!,\n')
@@ -513,7 +531,8 @@ def test_a_save_that_peft_refuses_keeps_patch_and_report(
     monkeypatch.setattr(PeftModel, "save_pretrained", refuse)
     result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--json", *SOLVABLE)
     kept = kept_in(tmp_path, result)
-    assert names(kept) == ["adapter_config.json", "adapter_model.safetensors", "repair_report.json"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "repair_report.json", "repair_report.times.json"]
+    assert names(kept) == files
     assert RepairReport.load(kept / "repair_report.json").success
 
 

@@ -178,7 +178,8 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         table.add_row("patched", f"{figures['neurons']} neurons in {figures['layers']} layers")
     phases = ", ".join(f"{visible(name)} {seconds:.1f}" for name, seconds in report.seconds.items())
     table.add_row("steps", str(figures["steps"]))
-    table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
+    if phases:
+        table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
     console.print(table)
     if report.interrupted:
         console.print("[yellow]The repair was interrupted before it was done.[/]")

@@ -182,13 +182,13 @@ def _costs(patch: FoundPatch) -> dict[str, Any]:
     if not path.is_file():
         return {"patch": patch.name, "failures": None, "solved": None, "seconds": None, "seconds_per_failure": None}
     report = RepairReport.load(path)
-    seconds, count = sum(report.seconds.values()), len(report.failures)
+    seconds, count = sum(report.seconds.values()) or None, len(report.failures)
     return {
         "patch": patch.name,
         "failures": count,
         "solved": report.num_solved,
         "seconds": seconds,
-        "seconds_per_failure": seconds / count if count else None,
+        "seconds_per_failure": seconds / count if seconds and count else None,
     }
 
 

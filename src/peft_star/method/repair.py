@@ -18,7 +18,7 @@ from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
 from ..row_checks import check_contradictions
-from ..sharing.hub import remember_report
+from ..tuner.reports import remember_report
 from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best

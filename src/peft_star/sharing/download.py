@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from ..files import recover
-from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, REPORT_NAME
+from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, REPORT_NAME, TIMES_NAME
 
 ANSWER_SECONDS = 10  # that the Hub is given to say whether it has something
 
@@ -78,7 +78,8 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
             f"you/{patch}."
         )
     with in_one_sentence(str(patch), "patch"):
-        wanted = {"allow_patterns": [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, CARD_NAME], "revision": revision}
+        files = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, TIMES_NAME, CARD_NAME]
+        wanted = {"allow_patterns": files, "revision": revision}
         try:
             # one request that fails at once: a download is tried again and again
             HfApi(token=token).model_info(str(patch), revision=revision, timeout=ANSWER_SECONDS)

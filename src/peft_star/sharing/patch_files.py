@@ -20,6 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 ANY_WEIGHTS = "adapter_model.*"  # also in what form other versions of PEFT save them
 REPORT_NAME = "repair_report.json"
+TIMES_NAME = "repair_report.times.json"
 CARD_NAME, PLOT_NAME = "README.md", "report.png"
 # where in a patch's directory the same patch lies as a LoRA
 LORA_DIR = "lora"

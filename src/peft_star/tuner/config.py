@@ -24,6 +24,7 @@ from ..sharing.patch_files import (
     is_own,
     read_tensors,
 )
+from .reports import Repaired, save_report
 
 LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
@@ -291,6 +292,8 @@ class StarConfig(PeftConfig):
                 raise TypeError(f"`{name}` should be a string, got {getattr(self, name)!r}.")
         self._check_modules_to_save()
         self._check_patterns()
+        # no field: it is a repair's, and goes into files of its own
+        self.repaired: Repaired | None = None
 
     def _check_layers_to_transform(self) -> None:
         if isinstance(self.layers_to_transform, (list, tuple, set)):
@@ -360,6 +363,7 @@ class StarConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration with the checksum of the tensors beside it and, if asked for, the LoRA twin.
 
+        Beside tensors that are as a repair left them go its report and this package's card.
         `PeftModel.save_pretrained` calls this when the weights are written.
         """
         directory = Path(save_directory)
@@ -374,6 +378,8 @@ class StarConfig(PeftConfig):
         super(StarConfig, saved).save_pretrained(save_directory, **kwargs)
         if self.lora_twin and has_tensors:
             patch_to_lora(directory, directory / LORA_DIR, overwrite=True)
+        if self.repaired is not None and saved.tensors_sha256 == self.repaired.tensors_sha256:
+            save_report(directory, self.repaired)
 
     def _warn_of_foreign(self, tensors: dict[str, Any]) -> None:
         """PEFT adds embeddings that were resized, or that it was asked for."""

@@ -157,9 +157,7 @@ def swap_patch(
                 layer.star_delta[adapter_name].zero_()
     record_counts(config, {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()})
     config.base_fingerprint = new.config.get("base_fingerprint")
-    # what was reported of the old patch says nothing of the new one
-    for owner in (inner, getattr(inner, "base_model", None)):
-        getattr(owner, "__dict__", {}).get("repair_reports", {}).pop(adapter_name, None)
+    config.repaired = None  # what was reported of the old patch says nothing of the new one
     warn_of_other_base(inner, config.to_dict())
     return in_place
 
