@@ -317,6 +317,11 @@ class StarConfig(PeftConfig):
             raise TypeError(f"`modules_to_save` should be a list of names of modules, got {names!r}.")
 
     def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            names = value if isinstance(value, (set, list, tuple)) else [value]
+            if value is not None and not all(isinstance(item, str) for item in names):
+                raise TypeError(f"`{name}` should be a list of names of modules or a pattern, got {value!r}.")
         patterns = self.layers_pattern if isinstance(self.layers_pattern, (list, tuple)) else [self.layers_pattern]
         for name, values in (
             ("target_modules", [self.target_modules]),
