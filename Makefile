@@ -44,14 +44,15 @@ test: $(QUANTIZED) ## The tests, without the slow ones
 test-slow: $(QUANTIZED) ## Every test
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
-lint: $(STAMP) ## Check style and formatting
+lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m mypy
 
 format: $(STAMP) ## Apply style and formatting
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage htmlcov peft-star-demo
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

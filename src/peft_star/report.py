@@ -369,9 +369,9 @@ class RepairReport:
             lines += ["| row | context | expected | before | after | gap |", "| --- | --- | --- | --- | --- | --- |"]
             for item in self.failures[:max_rows]:
                 mark = "" if item.solved else " ✗"
-                row = escaped(labels["failures", item.row])
+                label = escaped(labels["failures", item.row])
                 lines.append(
-                    f"| {row} | {code(item.context)} | {code(item.expected)} | {code(item.before)} | "
+                    f"| {label} | {code(item.context)} | {code(item.expected)} | {code(item.before)} | "
                     f"{code(item.after)}{mark} | {item.gap_before:+.3f} → {item.gap_after:+.3f} |"
                 )
             if len(self.failures) > max_rows:
@@ -380,8 +380,8 @@ class RepairReport:
         going_on = [row for row in self.rows if row.goes_on is not None]
         if going_on:
             lines += ["| row | completion | the model goes on with |", "| --- | --- | --- |"]
-            cells = [(escaped(row.label), code(row.completion), code(row.goes_on)) for row in going_on[:max_rows]]
-            lines += [f"| {' | '.join(row)} |" for row in cells]
+            for row in going_on[:max_rows]:
+                lines.append(f"| {escaped(row.label)} | {code(row.completion)} | {code(row.goes_on or '')} |")
             lines.append("")
         if self.tells_problems:
             heads = ("problem", *PROBLEM_COLUMNS)
@@ -466,7 +466,7 @@ def _checked(record: Any) -> Any:
         TypeError: One is not.
     """
     for item in fields(record):
-        value, kinds = getattr(record, item.name), _KINDS.get(item.type)
+        value, kinds = getattr(record, item.name), _KINDS.get(str(item.type))
         if kinds and not isinstance(value, kinds):
             raise TypeError(f"{item.name} is {type(value).__name__}")
     for name, seconds in getattr(record, "seconds", {}).items():
@@ -479,7 +479,7 @@ def _checked(record: Any) -> Any:
 
 
 _NONE = type(None)
-_KINDS = {
+_KINDS: dict[str, Any] = {
     "int": int,
     "float": (int, float),
     "str": str,

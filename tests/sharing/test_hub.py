@@ -442,7 +442,7 @@ def test_push_to_hub_keeps_our_card(hub: Hub, client: Client, base: str, pushed:
         PUSH
         + f"""
 from peft_star import RepairReport
-from peft_star.tuner.reports import remember_report
+from peft_star.tuner.patches import remember_report
 model = PeftModel.from_pretrained(base(), {str(pushed)!r})
 remember_report(model, "default", RepairReport.load({str(pushed / "repair_report.json")!r}))
 model.push_to_hub("me/api", tags=["mine"], private=True)

@@ -70,6 +70,17 @@ def test_adapters_with_names(tmp_path):
     assert "failing tokens solved" in card and 'subfolder="second"' in card
 
 
+def test_modules_that_are_saved_along_count(tmp_path):
+    model = star(modules_to_save=["lm_head"])
+    report = repair(model, word_tokenizer(), ROWS, RepairArguments(**QUIET))
+    model.save_pretrained(tmp_path / "patch")
+    assert RepairReport.load(tmp_path / "patch" / "repair_report.json") == report
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "other")
+    assert "repair_report.json" not in names(tmp_path / "other")
+
+
 def test_words_of_people_on_a_card_are_kept(repaired, tmp_path):
     (tmp_path / "README.md").write_text("Mind the gap.\n")
     repaired[0].save_pretrained(tmp_path)

@@ -138,7 +138,7 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     if going_on:
         table = Table("row", "completion", "goes on with", title="Behind the completions", title_justify="left")
         for row in going_on[:SHOWN_ROWS]:
-            table.add_row(visible(row.label), visible(row.completion), visible(row.goes_on))
+            table.add_row(visible(row.label), visible(row.completion), visible(row.goes_on or ""))
         console.print(table)
         if len(going_on) > SHOWN_ROWS:
             console.print(f"... and {len(going_on) - SHOWN_ROWS} more, in the report.")
@@ -155,9 +155,9 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
             console.print(f"[yellow]Warning{about}:[/] {visible(text)}", soft_wrap=True)
     if report.broken:
         table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
-        for item in report.broken[:SHOWN_ROWS]:
-            row = labels[item.source, item.row]
-            table.add_row(*map(visible, (item.source, row, item.context, item.expected, item.after)))
+        for token in report.broken[:SHOWN_ROWS]:
+            label = labels[token.source, token.row]
+            table.add_row(*map(visible, (token.source, label, token.context, token.expected, token.after)))
         console.print(table)
     figures = report.summary()
     table = Table(box=None, show_header=False, pad_edge=False)

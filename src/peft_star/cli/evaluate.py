@@ -240,7 +240,7 @@ def _print(
         ):
             table.add_row(label, f"{part} of {whole} ({share:.2%})")
         table.add_row("rows fixed, broken", f"{len(comparison.rows_fixed)}, {len(comparison.rows_broken)}")
-        if comparison.generations_fixed is not None:
+        if comparison.generations_fixed is not None and comparison.generations_broken is not None:
             fixed, broken = len(comparison.generations_fixed), len(comparison.generations_broken)
             table.add_row("generations fixed, broken", f"{fixed}, {broken}")
         console.print(table)

@@ -120,11 +120,11 @@ class Evaluation:
             "| | rows exactly right | edit similarity | BLEU | ROUGE-L |",
             "| --- | --- | --- | --- | --- |",
         ]
-        for name, scores in (("teacher-forced", self.teacher_forced), ("generated", self.generated)):
-            if scores:
+        for name, means in (("teacher-forced", self.teacher_forced), ("generated", self.generated)):
+            if means:
                 lines.append(
-                    f"| {name} | {scores.exact:.2%} | {scores.edit_similarity:.4f} | {scores.bleu:.4f} | "
-                    f"{scores.rouge_l:.4f} |"
+                    f"| {name} | {means.exact:.2%} | {means.edit_similarity:.4f} | {means.bleu:.4f} | "
+                    f"{means.rouge_l:.4f} |"
                 )
         lines.append("")
         wrong = [row for row in self.rows if not (row.generated or row.teacher_forced).exact]
@@ -195,7 +195,7 @@ class Comparison:
             f"| right tokens broken | {self.broken} / {self.right} ({self.broken_share:.2%}) |",
             f"| rows fixed, broken | {len(self.rows_fixed)}, {len(self.rows_broken)} |",
         ]
-        if self.generations_fixed is not None:
+        if self.generations_fixed is not None and self.generations_broken is not None:
             lines.append(
                 f"| generations fixed, broken | {len(self.generations_fixed)}, {len(self.generations_broken)} |"
             )

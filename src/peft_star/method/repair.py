@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
 from ..row_checks import check_contradictions
-from ..tuner.reports import remember_report
+from ..tuner.patches import remember_report
 from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
@@ -76,12 +76,12 @@ def repair(
     """
     args = args or RepairArguments()
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, callbacks)
-    rows, retained, related = _encode(subject, failures, retain, related)
+    rows, retained_rows, related_rows = _encode(subject, failures, retain, related)
     interrupted = after = None
-    with _running(subject, args, journal, (rows, retained, related)) as run:
-        case = Case.of(run.engine, rows, retained, related)
+    with _running(subject, args, journal, (rows, retained_rows, related_rows)) as run:
+        case = Case.of(run.engine, rows, retained_rows, related_rows)
         before, traced = look_before(run, case)
-        seen = look_at_related(run, case, before) if related else before
+        seen = look_at_related(run, case, before) if related_rows else before
         try:
             after = MODES[args.mode](run, case, before, traced)
         except KeyboardInterrupt as error:
@@ -132,7 +132,7 @@ def prepare(
 
 def _encode(subject: Subject, failures: Any, retain: Any = None, related: Any = None) -> list[list[Row]]:
     """The failures, the retained and the related rows as tokens, after a look whether they agree."""
-    given = [
+    given: list[Any] = [
         rows if rows is None or isinstance(rows, (str, bytes, dict, list)) else list(rows)
         for rows in (failures, retain, related)
     ]
@@ -245,4 +245,4 @@ def patch_traced(run: Run, goal: Goal, traced: Trace) -> Predictions:
 
 
 ALGORITHMS = {"protected": protected, "prior-guided": prior_guided}
-MODES = {"multiple": together, "single": one_by_one}
+MODES: dict[str, Callable[..., Predictions]] = {"multiple": together, "single": one_by_one}

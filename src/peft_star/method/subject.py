@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..engine.engine import Engine
 from ..failures import Row, encode_rows
@@ -47,7 +48,7 @@ class Subject:
         decoder_layers: The decoder layers that may be patched, in order of depth; nothing below them needs a gradient.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     adapter: str
     num_neurons: int | float
@@ -55,7 +56,7 @@ class Subject:
     decoder_layers: dict[str, nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer, args: RepairArguments) -> Subject:
+    def of(cls, model: Any, tokenizer, args: RepairArguments) -> Subject:
         """What a repair of this model would patch; nothing is changed yet.
 
         Raises:
@@ -70,21 +71,20 @@ class Subject:
             )
         if tokenizer is None or not callable(tokenizer):
             raise TypeError("repair() needs the model's tokenizer as its second argument.")
-        active = model.active_adapters
+        active: list[str] = model.active_adapters
         if len(active) != 1:
             raise ValueError(
                 f"repair() patches one adapter, but {len(active)} are active ({', '.join(active) or 'none'}); "
                 "call model.set_adapter(name) first."
             )
-        base, adapter = tuner.model, active[0]
+        base: Any = tuner.model
+        adapter = active[0]
         config = tuner.peft_config[adapter]
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
             raise ValueError(f"{type(base).__name__} has no LM head; repair() needs a causal language model.")
         layers, patched = dict(structure.find_decoder_layers(base)), star_layers(base, adapter)
-        decoder_of = {
-            name: next((layer for layer in layers if name.startswith(f"{layer}.")), None) for name in patched
-        }
-        orphan = next((name for name, layer in decoder_of.items() if layer is None), None)
+        decoder_of = {name: next((layer for layer in layers if name.startswith(f"{layer}.")), "") for name in patched}
+        orphan = next((name for name, layer in decoder_of.items() if not layer), None)
         if orphan is not None:
             raise ValueError(f"The target module {orphan} lies in no decoder layer; leave it out of `target_modules`.")
         for name, layer in patched.items():
@@ -97,7 +97,7 @@ class Subject:
         return cls(model, tokenizer, adapter, config.num_neurons, decoder_of, {name: layers[name] for name in within})
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         return self.model.base_model.model
 
     @property

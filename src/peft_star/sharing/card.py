@@ -195,12 +195,14 @@ def write_card(
     fields, text = read_card(path)
     text = _PEFT_ADDS.sub("", text)
     signature = _SIGNATURE.search(text)
-    own = bool(signature) and signature[1] == _hash(_SIGNATURE.sub("", text))
-    if (own and report is None and signature[2] == patch_hash) or not (own or _is_generic(text)):
+    own = signature is not None and signature[1] == _hash(_SIGNATURE.sub("", text))
+    same = signature is not None and signature[2] == patch_hash
+    if (own and report is None and same) or not (own or _is_generic(text)):
         clean_card(path, is_base)
         return path
     if own and command is None:
-        command = (_COMMAND.search(text) or [None, None])[1]
+        known = _COMMAND.search(text)
+        command = known[1] if known else None
     patch = None
     with contextlib.suppress(ValueError):  # a card must not cost the repair whose patch it describes
         patch = Patch.read(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -79,7 +80,7 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
         )
     with in_one_sentence(str(patch), "patch"):
         files = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, TIMES_NAME, CARD_NAME]
-        wanted = {"allow_patterns": files, "revision": revision}
+        wanted: dict[str, Any] = {"allow_patterns": files, "revision": revision}
         try:
             # one request that fails at once: a download is tried again and again
             HfApi(token=token).model_info(str(patch), revision=revision, timeout=ANSWER_SECONDS)
@@ -113,6 +114,13 @@ def in_one_sentence(name: str, what: str | None = None) -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+
+
+def reading_error(error: BaseException, name: str, what: str) -> OSError:
+    """What the Hub's client raised while a "model" or "patch" was read, as one sentence; see [`hub_error`]."""
+    translated = hub_error(error, name, what)
+    assert translated is not None  # of a reading the table has a word on everything
+    return translated
 
 
 def hub_error(error: BaseException, name: str, what: str | None = None) -> OSError | None:

@@ -139,7 +139,7 @@ def keep_own_card(model: Any) -> None:
     one instance. What it sets knows no model: the instance can be freed, copied and pickled as before.
     """
     if isinstance(model, PushToHubMixin) and hasattr(PushToHubMixin, "_upload_modified_files"):
-        model._upload_modified_files = _upload_modified_files
+        model._upload_modified_files = _upload_modified_files  # type: ignore[method-assign, assignment]
 
 
 def _upload_modified_files(working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:

@@ -151,7 +151,7 @@ class StarConfig(PeftConfig):
             )
         },
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={
             "help": (
@@ -162,7 +162,7 @@ class StarConfig(PeftConfig):
             )
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={"help": "List of module names or regex expression of the module names to exclude from STAR."},
     )
@@ -263,7 +263,7 @@ class StarConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.STAR
+        self.peft_type = PeftType("STAR")
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, (list, tuple)) else self.target_modules
         )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from peft import get_peft_model_state_dict
+from typing import NamedTuple
 
 from ..report import RepairReport
 from ..sharing.card import write_card
-from ..sharing.patch_files import REPORT_NAME, checksum
+from ..sharing.patch_files import REPORT_NAME
 
 
 class Repaired(NamedTuple):
@@ -18,18 +16,6 @@ class Repaired(NamedTuple):
     report: RepairReport
     adapter_name: str
     tensors_sha256: str
-
-
-def remember_report(model: Any, adapter_name: str, report: RepairReport) -> None:
-    """Keep the report of an adapter's repair with its configuration, which PEFT saves beside the tensors.
-
-    Args:
-        model: A `PeftModel`.
-        adapter_name: The adapter.
-        report: What its repair reported. It is of use as long as the adapter's tensors stay as they are now.
-    """
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    model.peft_config[adapter_name].repaired = Repaired(report, adapter_name, checksum(tensors))
 
 
 def save_report(directory: Path, repaired: Repaired) -> None:
