@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_star import RepairArguments, RepairCallback, RepairReport, StarConfig
 from peft_star.cli import app as cli_app
+from peft_star.cli import main as cli_main
 from peft_star.cli import patches as cli_patches
 from peft_star.cli import repair as cli_repair
 from peft_star.cli.options import parse_amount
@@ -69,7 +70,7 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
         "--output -o --retain --related --neurons --layers --neuron-pattern --mode --algorithm --generalization "
         "--steps --lr --norm --margin --reach --no-generate --background --ridge --damping --growth "
         "--occlusion --max-rounds --max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
-        "--overwrite --json"
+        "--overwrite --resume --json"
     )
     assert names >= set(expected.split())
 
@@ -644,3 +645,41 @@ def test_ctrl_c_while_loading_writes_nothing(
     assert result.code == 130
     assert "nothing was written" in result.err
     assert names(tmp_path) == ["failures.jsonl"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_repair_goes_on_from_what_is_kept_beside_its_output(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    class KillAfterStep(RepairCallback):
+        def on_phase_begin(self, args: Any, state: Any) -> None:
+            if (tmp_path / ".patch.unfinished").is_file():
+                raise Killed
+
+    monkeypatch.setattr(cli_repair.Unfinished.__init__, "__defaults__", (False, 0.0))
+    command = ("repair", tiny_dir, failures, "-o", tmp_path / "patch", *SOLVABLE, "--mode", "single")
+    with monkeypatch.context() as context:
+        context.setattr(cli_repair, "progress", lambda as_json: nullcontext(KillAfterStep()))
+        with pytest.raises(Killed):
+            cli_main([str(word) for word in command])
+    assert names(tmp_path) == [".patch.unfinished", "failures.jsonl"]
+    result = run(*command, *(["--resume"] if resume else []))
+    assert result.code == 0
+    assert ("Went on where an earlier run stopped." in result.err) is resume
+    assert names(tmp_path) == ["failures.jsonl", "patch"]
+    again = run(*command, "--resume", "--overwrite", "--json")
+    assert again.code == 0 and again.json["resumed"] is False
+
+
+def test_memory_that_holds_no_row_is_one_sentence(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("peft_star.method.repair.look_before", full)
+    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--json")
+    assert result.code == 2 and is_one_sentence(result) and "Memory does not hold a single row" in result.err

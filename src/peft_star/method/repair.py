@@ -11,6 +11,7 @@ import torch
 
 from ..engine.distributed import Team
 from ..engine.engine import Engine
+from ..engine.memory import halving
 from ..engine.passes import predict
 from ..engine.predictions import Predictions
 from ..engine.replay import Replay
@@ -28,6 +29,7 @@ from .objective import Goal
 from .records import make_report
 from .subject import Run, Subject
 from .trace import Trace, trace
+from .unfinished import AdapterState, Keeper, Unfinished, key_of
 from .verify import Case, Seen, look_at_related, look_before, verify
 
 
@@ -48,6 +50,7 @@ def repair(
     retain: Iterable[dict[str, Any]] | None = None,
     related: Iterable[dict[str, Any]] | None = None,
     callbacks: Sequence[RepairCallback] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> RepairReport:
     """Find the failing tokens of `failures`, patch the neurons that cause them, and verify the patch.
 
@@ -65,6 +68,7 @@ def repair(
         retain: Rows of the same form that must stay as they are; tokens of theirs that break join the loss.
         related: Rows of the same form that are only looked at, for the report to say how far the repair carries over.
         callbacks: [`RepairCallback`]s.
+        unfinished: The file in which an [`Unfinished`] keeps what is done so far, and out of which it may go on.
 
     Returns:
         [`RepairReport`]
@@ -73,15 +77,46 @@ def repair(
         TypeError: `model` is not a PEFT model with a STAR adapter.
         ValueError: A row, the configuration or the model does not fit; nothing has been changed.
         RepairInterrupted: Ctrl-C; the model holds the last finished state.
+        MemoryError: Memory does not hold even a single row; the adapter is as it was.
     """
     args = args or RepairArguments()
-    subject, journal = Subject.of(model, tokenizer, args), Journal(args, callbacks)
-    rows, retained_rows, related_rows = _encode(subject, failures, retain, related)
+    subject = Subject.of(model, tokenizer, args)
+    rows = _encode(subject, failures, retain, related)
+    start = AdapterState.of(subject)
+
+    def attempt(tokens: int) -> RepairReport:
+        # what an earlier attempt has left is taken back: what failed before is seen without a patch
+        if tokens < args.max_batch_tokens:
+            start.put_back(subject)
+        return _repair(subject, replace(args, max_batch_tokens=tokens), callbacks, rows, unfinished, start)
+
+    try:
+        return halving(attempt, args.max_batch_tokens, max(len(row) for part in rows for row in part))
+    except MemoryError:
+        start.put_back(subject)
+        raise
+
+
+def _repair(
+    subject: Subject,
+    args: RepairArguments,
+    callbacks: Sequence[RepairCallback] | None,
+    given: Sequence[list[Row]],
+    unfinished: Unfinished | None,
+    start: AdapterState,
+) -> RepairReport:
+    """[`repair`] in batches that memory may not hold."""
+    journal = Journal(args, callbacks)
+    rows, retained, related = given
     interrupted = after = None
-    with _running(subject, args, journal, (rows, retained_rows, related_rows)) as run:
-        case = Case.of(run.engine, rows, retained_rows, related_rows)
+    with _running(subject, args, journal, given) as run:
+        case = Case.of(run.engine, rows, retained, related)
         before, traced = look_before(run, case)
-        seen = look_at_related(run, case, before) if related_rows else before
+        seen = look_at_related(run, case, before) if related else before
+        if unfinished is not None:
+            key = key_of(subject, args, given, start)
+            run = replace(run, resumed=unfinished.put_back(subject, key, journal))
+            journal.callbacks.append(Keeper(unfinished, subject, key, journal))
         try:
             after = MODES[args.mode](run, case, before, traced)
         except KeyboardInterrupt as error:
@@ -92,7 +127,7 @@ def repair(
         subject.config.base_fingerprint = fingerprint(subject.base)
         now = verify(run, case, after, args.verify_generation and not interrupted)
         report = make_report(run, case, seen, now, interrupted is not None)
-    remember_report(model, subject.adapter, report)
+    remember_report(subject.model, subject.adapter, report)
     journal.call("on_repair_end")
     if interrupted is not None:
         raise RepairInterrupted(report) from interrupted
@@ -213,6 +248,10 @@ def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions |
     Returns:
         The run that goes on, and the predictions (S) at the failures' rows where something was changed.
     """
+    if run.resumed:
+        # it was done before, and what was recorded of the layers below is no longer so
+        run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))
+        return run, goal.look(run.engine)[0]
     if run.args.algorithm != "protected":
         return run, None
     rows = find_focus.with_found_focus(run, goal, case.rows) if find_focus.wanted(run) else case.rows

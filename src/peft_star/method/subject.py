@@ -202,12 +202,16 @@ def candidate_layers(
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of a repair is given: how passes run, what is patched, the settings, and who hears of it."""
+    """What every stage of a repair is given: how passes run, what is patched, the settings, and who hears of it.
+
+    `resumed`: the adapter holds already what an earlier run of this repair has finished.
+    """
 
     engine: Engine
     subject: Subject
     args: RepairArguments
     journal: Journal
+    resumed: bool = False
 
     def probe(self, names: Iterable[str] | None = None) -> Probe:
         """What a trace has to read for the algorithm in use, of these FFNs or of all that may be patched."""
