@@ -53,14 +53,15 @@ test-slow: $(QUANTIZED) ## Every test
 docs: $(SITE) ## The documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-lint: $(STAMP) ## Check style and formatting
+lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m mypy
 
 format: $(STAMP) ## Apply style and formatting
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from .method.arguments import RepairArguments  # noqa: E402
 from .method.callbacks import RepairCallback, RepairState  # noqa: E402
 from .method.prior_guided import PriorGuidedSGD  # noqa: E402
 from .method.repair import RepairInterrupted, prepare, repair  # noqa: E402
+from .method.unfinished import Unfinished  # noqa: E402
 from .models.fingerprint import fingerprint  # noqa: E402
 from .report import RepairReport  # noqa: E402
 from .tuner import Linear, StarConfig, StarLayer, StarModel  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "StarConfig",
     "StarLayer",
     "StarModel",
+    "Unfinished",
     "combine_patches",
     "export_lora",
     "fingerprint",

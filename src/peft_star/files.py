@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HOME
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # whether it is there is asked for
 
 
 def check_output(
@@ -269,9 +269,19 @@ def parse_json(text: str) -> Any:
         ValueError: It is no JSON, or cannot be read; one line.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Where a key is there twice, readers differ in which of them counts."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key[:40]!r} is there twice")
+        found[key] = value
+    return found
 
 
 def read_json(path: Path) -> Any:

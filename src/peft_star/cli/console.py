@@ -114,13 +114,14 @@ def progress(as_json: bool) -> Iterator[RepairCallback]:
 
 def print_report(report: RepairReport, console: Console, layers: bool = True) -> None:
     """The report as tables: failing tokens before and after, the problems, what broke, the totals."""
+    labels = report.labels()
     if report.failures:
         table = Table(
             "row", "context", "expected", "before", "after", "", title="Failing tokens", title_justify="left"
         )
         for item in report.failures[:SHOWN_ROWS]:
             table.add_row(
-                str(item.row),
+                visible(labels["failures", item.row]),
                 visible(item.context),
                 visible(item.expected),
                 visible(item.before),
@@ -136,7 +137,7 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     if going_on:
         table = Table("row", "completion", "goes on with", title="Behind the completions", title_justify="left")
         for row in going_on[:SHOWN_ROWS]:
-            table.add_row(str(row.row), visible(row.completion), visible(row.goes_on))
+            table.add_row(visible(row.label), visible(row.completion), visible(row.goes_on or ""))
         console.print(table)
         if len(going_on) > SHOWN_ROWS:
             console.print(f"... and {len(going_on) - SHOWN_ROWS} more, in the report.")
@@ -153,10 +154,9 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
             console.print(f"[yellow]Warning{about}:[/] {visible(text)}", soft_wrap=True)
     if report.broken:
         table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
-        for item in report.broken[:SHOWN_ROWS]:
-            table.add_row(
-                visible(item.source), str(item.row), visible(item.context), visible(item.expected), visible(item.after)
-            )
+        for token in report.broken[:SHOWN_ROWS]:
+            label = labels[token.source, token.row]
+            table.add_row(*map(visible, (token.source, label, token.context, token.expected, token.after)))
         console.print(table)
     figures = report.summary()
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -177,7 +177,8 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         table.add_row("patched", f"{figures['neurons']} neurons in {figures['layers']} layers")
     phases = ", ".join(f"{visible(name)} {seconds:.1f}" for name, seconds in report.seconds.items())
     table.add_row("steps", str(figures["steps"]))
-    table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
+    if phases:
+        table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
     console.print(table)
     if report.interrupted:
         console.print("[yellow]The repair was interrupted before it was done.[/]")

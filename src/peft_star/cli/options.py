@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -45,13 +46,14 @@ class Option:
 
     def parameter(self) -> inspect.Parameter:
         """The parameter that tells Typer of the option."""
-        kind, default = self.kind, self.default
+        kind: Any = self.kind
+        default = self.default
         if _is_amount(kind):
             kind, default = str, str(default)
         elif get_origin(kind) is Literal:
             kind = str  # whoever checks the field says more than Typer would
         elif get_origin(kind) in (list, tuple):
-            kind, default = list[get_args(kind)[0]], list(default)
+            kind, default = GenericAlias(list, get_args(kind)[:1]), list(default)
         elif self.turns_off:
             default = False
         return inspect.Parameter(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -89,7 +90,7 @@ def own_texts(engine: Engine, tokenizer, progress: Callable[[int], None] | None 
 def _encode(tokenizer, limit: int | None) -> list[Row]:
     """The prompts as rows with room for what the model says."""
     chat = bool(getattr(tokenizer, "chat_template", None))
-    rows = []
+    rows: list[Row] = []
     for row in own_prompts():
         is_chat = not isinstance(row["prompt"], str)
         if is_chat and not chat:
@@ -117,8 +118,12 @@ def _foretells(engine: Engine, prompts: Sequence[Row]) -> bool:
     if not rows:
         return False
     p = teacher_forced(engine, engine.batches(rows)).p_expected
-    entropy = -p.clamp(min=torch.finfo(p.dtype).tiny).log().mean().item()
-    return entropy <= CHANCE * math.log(engine.model.get_output_embeddings().weight.shape[0])
+    surprisal = p.clamp(min=torch.finfo(p.dtype).tiny).log().neg().mean().item()
+    return surprisal <= CHANCE * math.log(_vocabulary(engine.model))
+
+
+def _vocabulary(model: Any) -> int:
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def _path(model: nn.Module, prompts: Sequence[Row]) -> Path | None:

@@ -94,7 +94,7 @@ def side_by_side(
         with model.disable_adapter():
             before = passes.generate(engine, tokenizer, rows, progress)
         after = passes.generate(engine, tokenizer, rows, progress)
-    return SideBySide([_pair(row, *said, tokenizer) for row, *said in zip(rows, before, after)])
+    return SideBySide([_pair(row, was, now, tokenizer) for row, was, now in zip(rows, before, after)])
 
 
 def read_prompts(path: str | Path) -> list[str | list[dict[str, str]]]:
@@ -182,6 +182,6 @@ def _check_room(rows: Sequence[Row], limit: int | None) -> None:
 def _pair(row: Row, before: tuple[int, ...], after: tuple[int, ...], tokenizer: Any) -> Pair:
     base, patched = (tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (before, after))
     token = len(commonprefix([before, after])) if before != after else None
-    ended = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in (before, after)]
+    base_ended, patched_ended = (bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in (before, after))
     at = None if token is None else len(commonprefix([base, patched]))
-    return Pair(row.index, row.prompt, base, patched, *ended, token, at)
+    return Pair(row.index, row.prompt, base, patched, base_ended, patched_ended, token, at)

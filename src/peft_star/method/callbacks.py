@@ -95,7 +95,8 @@ class Journal:
 
     def __init__(self, args: RepairArguments, callbacks: Sequence[RepairCallback] | None):
         self.args, self.state = args, RepairState(max_steps=args.max_steps)
-        self.steps, self.solved_before, self.occlusion = 0, 0, {}
+        self.steps, self.solved_before = 0, 0
+        self.occlusion: dict[str, Any] = {}
         self.acts: list[dict[str, Any]] = []
         self.costs: dict[int, float] = {}
         self.warnings: list[tuple[int, str]] = []

@@ -15,6 +15,7 @@ from ..engine.predictions import Predictions
 from ..evaluation.own_texts import TextsHarm, texts_harm
 from .subject import Run
 from .trace import Trace, trace
+from .unfinished import AdapterState
 from .verify import Case, Seen
 
 # how often rows are left out before the gate gives up
@@ -26,8 +27,8 @@ Mode = Callable[[Run, Case, Seen, Trace | None], Predictions]
 
 
 def within_limits(
-    run: Run, case: Case, before: Seen, traced: Trace | None, patch: Mode
-) -> tuple[Predictions, TextsHarm | None]:
+    run: Run, case: Case, before: Seen, traced: Trace | None, patch: Mode, start: AdapterState
+) -> tuple[Predictions, TextsHarm]:
     """Patch such that at most `max_harm` of the model's own texts change, what an earlier patch changed included.
 
     Args:
@@ -36,21 +37,21 @@ def within_limits(
         before: What the model says at them before the patch.
         traced: Their trace, in mode "multiple".
         patch: The mode: it patches, and says what the model says then.
+        start: What the adapter held before the repair.
 
     Returns:
-        What the model says at the failures' rows, and the harm; None where none is measured. Rows that were left out
-        are wrong as before, and the journal has a warning for each.
+        What the model says at the failures' rows, and the harm. Rows that were left out are wrong as before, and
+        the journal has a warning for each.
     """
-    start = run.subject.snapshot()
     now, harm = patch(run, case, before, traced), measure(run)
     limit = run.args.max_harm
-    if harm is None or harm.changed_share <= limit:
+    if harm.changed_share <= limit:
         return now, harm
-    reached = run.subject.snapshot()
-    run.subject.restore(start)
+    reached = AdapterState.of(run.subject)
+    start.put_back(run.subject)
     limit = max(limit, measure(run).changed_share)  # what was there before is no fault of this repair
-    run.subject.restore(reached)
-    modest = replace(run, args=replace(run.args, reach="prompt"))
+    reached.put_back(run.subject)
+    modest = replace(run, args=replace(run.args, reach="prompt"), resumed=False)
     for number in range(ROUNDS + 1):
         if harm.changed_share <= limit:
             break
@@ -59,19 +60,16 @@ def within_limits(
             if not costly:
                 break
             case = replace(case, left_out=case.left_out | costly)
-        run.subject.restore(start)
+        start.put_back(run.subject)
         run.journal.begin_again()
         now, harm = patch(modest, case, before, _traced_again(run, case, before, traced)), measure(run)
     _tell(run, case, harm, limit)
     return now, harm
 
 
-def measure(run: Run) -> TextsHarm | None:
-    """What the patch as it is does to the model's own texts; None where nothing is protected, or it says none."""
-    if not run.args.background:
-        return None
-    batches = run.own_batches
-    return texts_harm(run.engine, batches, run.subject.unpatched) if batches else None
+def measure(run: Run) -> TextsHarm:
+    """What the patch as it is does to the model's own texts; to none of them where nothing is to be protected."""
+    return texts_harm(run.engine, run.own_batches if run.args.background else [], run.subject.unpatched)
 
 
 def _traced_again(run: Run, case: Case, before: Seen, traced: Trace | None) -> Trace | None:
@@ -94,7 +92,7 @@ def _costly(run: Run, case: Case, before: Seen, share: float) -> frozenset[int]:
     # how far text is moved adds up by squares
     allowed = share**2 * sum(costs.values())
     kept = 0.0
-    cheapest_first = sorted(costs, key=costs.get)
+    cheapest_first = sorted(costs, key=costs.__getitem__)
     for number, index in enumerate(cheapest_first):
         kept += costs[index]
         if number and kept > allowed:

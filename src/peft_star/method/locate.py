@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..tuner.config import AUTO, AUTO_NEURONS
+from ..tuner.config import AUTO_NEURONS
 from ..tuner.layer import count_of
 from .attribution import exact_occlusion, rank_agreement
 from .subject import Run
@@ -35,7 +35,7 @@ def locate(run: Run, traced: Trace) -> dict[str, torch.Tensor]:
         if config.neuron_pattern == "layer-wise":
             chosen = set(select_layers(importance, config.layer_selection, config.num_layers))
             scores = {name: values for name, values in scores.items() if run.subject.decoder_of[name] in chosen}
-        if num_neurons == AUTO:
+        if isinstance(num_neurons, str):
             num_neurons = enough_neurons(len(traced.medium), scores)
         return select_neurons(scores, num_neurons, config.neuron_pattern)
 

@@ -92,19 +92,19 @@ def solve(
         if not tokens:
             return layers, Protection([None] * len(layers), [None] * len(layers), bystanders)
         shown = background_activations(run.engine, run.subject.tokenizer, ffns, tokens, run.journal.advance)
-        own = run.own_texts().protected
-        said = read_own_texts(run.engine, own, run.subject.ffns(), run.journal.advance) if own else OwnReading()
+        texts = run.own_texts().protected
+        own = read_own_texts(run.engine, texts, run.subject.ffns(), run.journal.advance) if texts else OwnReading()
         beside = [bystanders] if bystanders else []
         if kept:
             beside.append(Bystanders.of(run.engine, kept, traced.medium, ffns, neurons))
         factors = []
         for layer in layers:
             groups = [_of_neurons(shown.get(layer.name), layer.neurons)]
-            if own:
-                groups.append(_of_neurons(said.activations.get(layer.name), layer.neurons))
+            if texts:
+                groups.append(_of_neurons(own.activations.get(layer.name), layer.neurons))
             others = (found.activations[layer.name].to(groups[0].device) for found in beside)
             factors.append(moment_factor(*groups, *others, team=team))
-    return layers, Protection(factors, [said.fisher.get(layer.name) for layer in layers], bystanders)
+    return layers, Protection(factors, [own.fisher.get(layer.name) for layer in layers], bystanders)
 
 
 def _of_neurons(activations: torch.Tensor | None, neurons: torch.Tensor) -> torch.Tensor:
@@ -164,10 +164,10 @@ def _estimate_costs(
 ) -> None:
     """Add to the journal how far each push moves what is said in other text: to second order, and as if pushes and
     layers had nothing to do with each other, c² · Pᵀ(C + ε I)P · tᵀ F t."""
-    if any(fisher is None for fisher in protection.fisher):
-        return
     costs = torch.zeros(len(slots), dtype=torch.float64)
     for push, factor, fisher in zip(pushes, protection.factors, protection.fisher):
+        if factor is None or fisher is None:
+            return
         answers = (factor.T @ push.answer).square().sum(dim=0)
         effects = ((push.targets @ fisher.to(push.targets)) * push.targets).sum(dim=1)
         costs += strengths.double().square() * (answers * effects).cpu()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..engine.batch import Batch
 from ..engine.engine import Engine
@@ -49,7 +50,7 @@ class Subject:
         decoder_layers: The decoder layers that may be patched, in order of depth; nothing below them needs a gradient.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     adapter: str
     num_neurons: int | float | str
@@ -57,7 +58,7 @@ class Subject:
     decoder_layers: dict[str, nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer, args: RepairArguments) -> Subject:
+    def of(cls, model: Any, tokenizer, args: RepairArguments) -> Subject:
         """What a repair of this model would patch; nothing is changed yet.
 
         Raises:
@@ -72,21 +73,20 @@ class Subject:
             )
         if tokenizer is None or not callable(tokenizer):
             raise TypeError("repair() needs the model's tokenizer as its second argument.")
-        active = model.active_adapters
+        active: list[str] = model.active_adapters
         if len(active) != 1:
             raise ValueError(
                 f"repair() patches one adapter, but {len(active)} are active ({', '.join(active) or 'none'}); "
                 "call model.set_adapter(name) first."
             )
-        base, adapter = tuner.model, active[0]
+        base: Any = tuner.model
+        adapter = active[0]
         config = tuner.peft_config[adapter]
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
             raise ValueError(f"{type(base).__name__} has no LM head; repair() needs a causal language model.")
         layers, patched = dict(structure.find_decoder_layers(base)), star_layers(base, adapter)
-        decoder_of = {
-            name: next((layer for layer in layers if name.startswith(f"{layer}.")), None) for name in patched
-        }
-        orphan = next((name for name, layer in decoder_of.items() if layer is None), None)
+        decoder_of = {name: next((layer for layer in layers if name.startswith(f"{layer}.")), "") for name in patched}
+        orphan = next((name for name, layer in decoder_of.items() if not layer), None)
         if orphan is not None:
             raise ValueError(f"The target module {orphan} lies in no decoder layer; leave it out of `target_modules`.")
         for name, layer in patched.items():
@@ -99,7 +99,7 @@ class Subject:
         return cls(model, tokenizer, adapter, config.num_neurons, decoder_of, {name: layers[name] for name in within})
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         return self.model.base_model.model
 
     @property
@@ -145,22 +145,6 @@ class Subject:
             HeldLayer(name, layers[name].star_delta[self.adapter], layers[name].star_neurons[self.adapter].long())
             for name in located
         ]
-
-    def snapshot(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The patch as it is: per module its neurons (k) and its delta (k, d)."""
-        return {
-            name: (layer.star_neurons[self.adapter].clone(), layer.star_delta[self.adapter].detach().clone())
-            for name, layer in self.layers().items()
-        }
-
-    @torch.no_grad()
-    def restore(self, snapshot: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Make the patch what it was at the snapshot."""
-        self.model.base_model.retarget(self.adapter, {name: neurons for name, (neurons, _) in snapshot.items()})
-        for name, layer in self.layers().items():
-            neurons, delta = snapshot[name]
-            layer.star_neurons[self.adapter].copy_(neurons)
-            layer.star_delta[self.adapter].copy_(delta)
 
     @contextmanager
     def unpatched(self) -> Iterator[None]:
@@ -233,12 +217,16 @@ def candidate_layers(
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of a repair is given: how passes run, what is patched, the settings, and who hears of it."""
+    """What every stage of a repair is given: how passes run, what is patched, the settings, and who hears of it.
+
+    `resumed`: the adapter holds already what an earlier run of this repair has finished.
+    """
 
     engine: Engine
     subject: Subject
     args: RepairArguments
     journal: Journal
+    resumed: bool = False
 
     def own_texts(self) -> OwnTexts:
         """What the base model says by itself; generated when it is first asked for."""

@@ -180,8 +180,8 @@ def _of_report(report: RepairReport) -> dict[str, Any]:
 
 def _case(row: RowRecord, failures: Sequence[FailureRecord]) -> Case:
     status, tone = _status(row)
-    lines = row.prompt.split("\n")
-    hidden, shown = ("\n".join(part) for part in (lines[:-_SHOWN_PROMPT], lines[-_SHOWN_PROMPT:]))
+    prompt = row.prompt.split("\n")
+    hidden, shown = ("\n".join(part) for part in (prompt[:-_SHOWN_PROMPT], prompt[-_SHOWN_PROMPT:]))
     same = not tone and row.is_right
     lines = [] if same else _lines(row, failures)
     continued = row.completion[:LONGEST] if same else ""

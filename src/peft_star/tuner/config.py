@@ -24,6 +24,7 @@ from ..sharing.patch_files import (
     is_own,
     read_tensors,
 )
+from .reports import Repaired, save_report
 
 LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
@@ -156,7 +157,7 @@ class StarConfig(PeftConfig):
             )
         },
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={
             "help": (
@@ -167,7 +168,7 @@ class StarConfig(PeftConfig):
             )
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={"help": "List of module names or regex expression of the module names to exclude from STAR."},
     )
@@ -268,7 +269,7 @@ class StarConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.STAR
+        self.peft_type = PeftType("STAR")
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, (list, tuple)) else self.target_modules
         )
@@ -298,6 +299,8 @@ class StarConfig(PeftConfig):
                 raise TypeError(f"`{name}` should be a string, got {getattr(self, name)!r}.")
         self._check_modules_to_save()
         self._check_patterns()
+        # no field: it is a repair's, and goes into files of its own
+        self.repaired: Repaired | None = None
 
     def _check_layers_to_transform(self) -> None:
         if isinstance(self.layers_to_transform, (list, tuple, set)):
@@ -321,6 +324,11 @@ class StarConfig(PeftConfig):
             raise TypeError(f"`modules_to_save` should be a list of names of modules, got {names!r}.")
 
     def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            names = value if isinstance(value, (set, list, tuple)) else [value]
+            if value is not None and not all(isinstance(item, str) for item in names):
+                raise TypeError(f"`{name}` should be a list of names of modules or a pattern, got {value!r}.")
         patterns = self.layers_pattern if isinstance(self.layers_pattern, (list, tuple)) else [self.layers_pattern]
         for name, values in (
             ("target_modules", [self.target_modules]),
@@ -367,6 +375,7 @@ class StarConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration with the checksum of the tensors beside it and, if asked for, the LoRA twin.
 
+        Beside tensors that are as a repair left them go its report and this package's card.
         `PeftModel.save_pretrained` calls this when the weights are written.
         """
         directory = Path(save_directory)
@@ -381,6 +390,8 @@ class StarConfig(PeftConfig):
         super(StarConfig, saved).save_pretrained(save_directory, **kwargs)
         if self.lora_twin and has_tensors:
             patch_to_lora(directory, directory / LORA_DIR, overwrite=True)
+        if self.repaired is not None and saved.tensors_sha256 == self.repaired.tensors_sha256:
+            save_report(directory, self.repaired)
 
     def _warn_of_foreign(self, tensors: dict[str, Any]) -> None:
         """PEFT adds embeddings that were resized, or that it was asked for."""
