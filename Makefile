@@ -9,13 +9,13 @@ SITE := $(VENV)/.installed-docs
 PYTEST_ARGS ?=
 # A worker a core, but each holds a real model: at most four. PYTEST_ARGS="-n 0" does without.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
-SOURCES := src tests examples $(wildcard benchmarks)
+SOURCES := src tests examples .ci $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow docs lint format clean
+.PHONY: help install demo test test-slow docs test-versions dist lint format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Build .venv with every extra and the demo's model
 
@@ -53,6 +53,12 @@ test-slow: $(QUANTIZED) ## Every test
 docs: $(SITE) ## The documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
+test-versions: $(STAMP) ## The core tests with the oldest and the newest peft and transformers
+	$(PY) .ci/versions.py
+
+dist: $(STAMP) ## Build wheel and sdist, check them, and run the wheel in an empty environment
+	PYTHON=$(PYTHON) VENV=$(VENV) .ci/dist
+
 lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
@@ -63,5 +69,5 @@ format: $(STAMP) ## Apply style and formatting
 	$(PY) -m ruff format $(SOURCES)
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
+	rm -rf $(VENV) .venv-versions build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
