@@ -35,7 +35,7 @@ from support.command_line import SOLVABLE, Run, is_one_sentence, names
 def test_defaults_are_those_of_the_api() -> None:
     defaults = {name: item.default for name, item in inspect.signature(cli_repair.repair).parameters.items()}
     config, arguments = StarConfig(), RepairArguments()
-    assert parse_amount("--neurons", defaults["num_neurons"]) == config.num_neurons
+    assert parse_amount("--neurons", defaults["num_neurons"], "auto") == config.num_neurons
     assert cli_repair.parse_layers(defaults["layers"]) == {"num_layers": config.num_layers}
     assert config.layer_selection == "last"
     assert defaults["neuron_pattern"] == config.neuron_pattern
@@ -94,8 +94,8 @@ def test_options_set_what_they_name(command: Any, typed: str, settings: dict[str
     assert sorted(cli_repair.ARGUMENTS.words(arguments)) == sorted(typed.split())
 
 
-@pytest.mark.parametrize(("typed", "count"), [("--neurons 32", 32), ("--neurons 0.25", 0.25), ("", 64)])
-def test_neurons_are_a_number_or_a_share(command: Any, typed: str, count: int | float) -> None:
+@pytest.mark.parametrize(("typed", "count"), [("--neurons 32", 32), ("--neurons 0.25", 0.25), ("", "auto")])
+def test_neurons_are_a_number_or_a_share(command: Any, typed: str, count: int | float | str) -> None:
     values = command.make_context("repair", ["M", "F", "-o", "P", *typed.split()]).params
     config = cli_repair.CONFIG.read(values)
     assert (config["num_neurons"], type(config["num_neurons"])) == (count, type(count))

@@ -16,7 +16,7 @@ from peft_star import StarConfig
 def test_defaults():
     config = StarConfig()
     assert config.peft_type is PeftType.STAR
-    assert (config.num_neurons, config.num_layers) == (64, 0.25)
+    assert (config.num_neurons, config.num_layers) == ("auto", 0.25)
     assert (config.layer_selection, config.neuron_pattern) == ("last", "layer-wise")
     assert config.init_weights is True
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
