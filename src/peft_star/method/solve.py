@@ -74,8 +74,8 @@ def answers_by_problem(
     contexts: torch.Tensor | None = None,
     generalization: float = 0.0,
 ) -> torch.Tensor:
-    """P (k, n), float64, as [`protected_answer`], of several problems: the failures of each are told from the background
-    and from those of the others, whose second moment is added to C with the weight of one mean.
+    """P (k, n), float64, as [`protected_answer`], of several problems: the failures of each are told from the
+    background and from those of the others, whose second moment is added to C with the weight of one mean.
 
     Args:
         problems: Of each failure (n) the problem's name, or None; those without a name are one problem.
