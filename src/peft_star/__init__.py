@@ -6,16 +6,24 @@ register()
 
 from .method.arguments import RepairArguments  # noqa: E402
 from .method.callbacks import RepairCallback, RepairState  # noqa: E402
+from .method.check import CheckReport, check  # noqa: E402
 from .method.prior_guided import PriorGuidedSGD  # noqa: E402
 from .method.repair import RepairInterrupted, prepare, repair  # noqa: E402
+from .method.revert import RevertReport, revert  # noqa: E402
 from .models.fingerprint import fingerprint  # noqa: E402
 from .report import RepairReport  # noqa: E402
+from .sharing.combine import diff, stack  # noqa: E402
+from .sharing.ledger import Entry, Ledger  # noqa: E402
+from .sharing.recorded import log, revert_patch  # noqa: E402
 from .tuner import Linear, StarConfig, StarLayer, StarModel  # noqa: E402
 from .tuner.patches import combine_patches, export_lora, swap_patch  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
+    "Entry",
+    "Ledger",
     "Linear",
     "PriorGuidedSGD",
     "RepairArguments",
@@ -23,13 +31,20 @@ __all__ = [
     "RepairInterrupted",
     "RepairReport",
     "RepairState",
+    "RevertReport",
     "StarConfig",
     "StarLayer",
     "StarModel",
+    "check",
     "combine_patches",
+    "diff",
     "export_lora",
     "fingerprint",
+    "log",
     "prepare",
     "repair",
+    "revert",
+    "revert_patch",
+    "stack",
     "swap_patch",
 ]

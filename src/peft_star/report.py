@@ -46,10 +46,11 @@ class FailureRecord:
 class RowRecord:
     """One row, before and after.
 
-    `source` is "failures", "retain" or "related"; `problem` is the problem that the row names. `exact_*`: every
-    completion token right teacher-forced. `generated_*`: the text of greedy generation, and `generation_exact_*`
-    whether it equals the completion (None when not generated). `goes_on`: what the model says next, after a completion
-    of the failures that it generates right now and that says nothing of where it ends (None: not looked at).
+    `source` is "failures", "retain", "related" or "earlier" (of an earlier repair of the patch); `problem` is the
+    problem that the row names. `exact_*`: every completion token right teacher-forced. `generated_*`: the text of
+    greedy generation, and `generation_exact_*` whether it equals the completion (None when not generated). `goes_on`:
+    what the model says next, after a completion of the failures that it generates right now and that says nothing of
+    where it ends (None: not looked at).
     """
 
     source: str
@@ -209,6 +210,10 @@ class RepairReport:
         arguments, config: The settings of the run.
         interrupted: The run was stopped before it was done.
         problems: One [`ProblemRecord`] per problem that a row names, and one for the rows that name none.
+        earlier: Of the rows of earlier repairs that had to stay right: `rows`, `right` before, and `broken`. Only
+            those that broke are among `rows`.
+        warnings: A sentence each about the patch as a whole.
+        entry: The id of the repair's entry in the patch's ledger; "": it made none.
     """
 
     failures: list[FailureRecord]
@@ -223,6 +228,9 @@ class RepairReport:
     versions: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     problems: list[ProblemRecord] = field(default_factory=list)
+    earlier: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    entry: str = ""
 
     @property
     def num_solved(self) -> int:
@@ -239,8 +247,8 @@ class RepairReport:
 
     @property
     def success(self) -> bool:
-        """Every failure solved, every failing row right by every check made, and nothing retained broken. Related rows
-        are only looked at."""
+        """Every failure solved, every failing row right by every check made, and nothing broken that was retained or
+        that an earlier repair holds. Related rows are only looked at."""
         repaired = all(row.is_right for row in self.rows if row.source == "failures")
         retained = not any(token.source == "retain" for token in self.broken)
         retained = retained and not any(row.broken for row in self.rows if row.source == "retain")
@@ -280,6 +288,8 @@ class RepairReport:
         if generated:
             result["rows_generated_exact_before"] = sum(bool(row.generation_exact_before) for row in generated)
             result["rows_generated_exact_after"] = sum(bool(row.generation_exact_after) for row in generated)
+        if self.earlier:
+            result["earlier_rows"], result["earlier_rows_broken"] = self.earlier["rows"], self.earlier["broken"]
         if related:
             result["related_rows"] = len(related)
             result["related_fixed"] = sum(row.is_right and not row.was_right for row in related)
@@ -328,6 +338,8 @@ class RepairReport:
             f"{figures['steps']} steps, {figures['seconds']:.1f} s.",
             "",
         ]
+        if self.earlier:
+            lines += [f"Of {self.earlier['rows']} rows of earlier repairs, {self.earlier['broken']} broke.", ""]
         if self.interrupted:
             lines += ["The run was interrupted; this is what was finished.", ""]
         if self.failures:
@@ -358,6 +370,7 @@ class RepairReport:
             for problem in self.problems
             for text in problem.warnings
         ]
+        told += map(_escaped, self.warnings)
         lines += [*(f"- Warning: {text}" for text in told), ""] if told else []
         if self.broken:
             lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
@@ -429,6 +442,11 @@ def _checked(record: Any) -> Any:
     for name, seconds in getattr(record, "seconds", {}).items():
         if not isinstance(seconds, (int, float)):
             raise TypeError(f"the seconds of {name} are {type(seconds).__name__}")
+    earlier = getattr(record, "earlier", {})
+    if earlier and not all(isinstance(earlier.get(name), int) for name in ("rows", "right", "broken")):
+        raise TypeError("what is said of earlier repairs is no counts")
+    if not all(isinstance(text, str) for text in getattr(record, "warnings", [])):
+        raise TypeError("a warning is no text")
     for act in getattr(record, "acts", []):
         if not all(isinstance(text, str) for text in (act["how"], *act["tokens"], *act["layers"])):
             raise TypeError("where it acts is no text")
@@ -445,6 +463,7 @@ _KINDS = {
     "bool | None": (bool, _NONE),
     "list[int]": list,
     "dict[str, float]": dict,
+    "dict[str, int]": dict,
     "list[dict[str, Any]]": list,
     "list[str]": list,
 }

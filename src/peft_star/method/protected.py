@@ -24,9 +24,11 @@ from torch import nn
 from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.predictions import Predictions
+from ..models.names import plain_name
 from .background import WINDOW, background_activations, moment_factor
 from .best import Best
 from .bystanders import Bystanders
+from .history import earlier_keys
 from .objective import Goal
 from .semantics import traced_semantics
 from .solve import protected_answer
@@ -76,7 +78,8 @@ def solve(
     run: Run, located: dict[str, torch.Tensor], traced: Trace, kept: Sequence[Batch] = ()
 ) -> tuple[list[HeldLayer], Protection]:
     """The located neurons in the adapter, and what they do where they are to answer to nothing: on background text, in
-    the rows that are `kept`, and with `reach="problem"` beside the failures."""
+    the rows that are `kept`, at the failures of earlier repairs that kept no rows, and with `reach="problem"` beside
+    the failures."""
     tokens, team = run.args.background, run.engine.team
     with run.journal.phase("solve", -(-tokens // WINDOW)):
         layers = run.subject.hold(located)
@@ -92,13 +95,16 @@ def solve(
         beside = [bystanders] if bystanders else []
         if kept:
             beside.append(Bystanders.of(run.engine, kept, traced.medium, ffns, neurons))
-        factors = []
+        factors, keys = [], earlier_keys(run)
         for layer in layers:
             if layer.name in shown:
                 activations = shown[layer.name].index_select(1, layer.neurons.to(shown[layer.name].device))
             else:  # other processes read the background
                 activations = torch.zeros(0, len(layer.neurons), device=layer.neurons.device)
-            others = (found.activations[layer.name].to(activations.device) for found in beside)
+            others = [found.activations[layer.name].to(activations.device) for found in beside]
+            if plain_name(layer.name) in keys:
+                key = keys[plain_name(layer.name)]
+                others.append(key[:, layer.neurons.to(key.device)].to(activations))
             factors.append(moment_factor(activations, *others, team=team))
     return layers, Protection(factors, bystanders)
 

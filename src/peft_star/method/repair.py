@@ -22,6 +22,7 @@ from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
 from .callbacks import Journal, RepairCallback
+from .history import History, as_rows, failing_activations, ledger_rows
 from .locate import locate
 from .objective import Goal
 from .records import make_report
@@ -51,7 +52,8 @@ def repair(
     """Find the failing tokens of `failures`, patch the neurons that cause them, and verify the patch.
 
     The model's active STAR adapter holds the patch afterwards; base weights are not touched. Deltas that the adapter
-    had before are kept and built upon.
+    had before are kept and built upon, and what earlier repairs of the patch have solved or retained must stay right:
+    its ledger (`model.peft_config[adapter].ledger`) has their rows, and gets an entry for this one.
 
     Args:
         model: A `PeftModel` from `get_peft_model(base, StarConfig(...))` or `PeftModel.from_pretrained`.
@@ -74,13 +76,14 @@ def repair(
     """
     args = args or RepairArguments()
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, callbacks)
-    rows = subject.encode(failures, "failures row")
-    retained, related = (
-        _encode_optional(subject, given, name) for given, name in ((retain, "retain row"), (related, "related row"))
-    )
+    given = {"failures": as_rows(failures), "retain": as_rows(retain), "related": as_rows(related)}
+    rows = subject.encode(given["failures"], "failures row")
+    retained, related = (_encode_optional(subject, given[name], f"{name} row") for name in ("retain", "related"))
+    history = History.of(subject, args)
+    earlier = _encode_optional(subject, history.earlier(given["failures"], given["retain"]), "earlier repairs' row")
     interrupted = after = None
-    with _running(subject, args, journal, (rows, retained, related)) as run:
-        case = Case.of(run.engine, rows, retained, related)
+    with _running(subject, args, journal, (rows, retained, related, earlier)) as run:
+        case = Case.of(run.engine, rows, retained, related, earlier)
         before, traced = look_before(run, case)
         seen = look_at_related(run, case, before) if related else before
         try:
@@ -93,6 +96,8 @@ def repair(
         subject.config.base_fingerprint = fingerprint(subject.base)
         now = verify(run, case, after, args.verify_generation and not interrupted)
         report = make_report(run, case, seen, now, interrupted is not None)
+        keys = {} if args.ledger_rows else failing_activations(run, case, seen)
+    history.record(report, ledger_rows(case, given, seen, now) if args.ledger_rows else (), keys)
     remember_report(model, subject.adapter, report)
     journal.call("on_repair_end")
     if interrupted is not None:
@@ -133,7 +138,6 @@ def prepare(
 
 def _encode_optional(subject: Subject, rows: Iterable[dict[str, Any]] | None, name: str) -> list[Row]:
     """The rows as tokens, if there are any."""
-    rows = list(rows) if rows is not None and not isinstance(rows, (str, bytes, dict)) else rows
     return subject.encode(rows, name) if rows else []
 
 
@@ -211,7 +215,7 @@ def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions |
     if not any(row.focus for row in rows):
         return run, None
     how = {row.index: "focus" if given.focus else "found focus" for row, given in zip(rows, case.rows)}
-    now = focused.patch(run, goal, rows, case.retained, how)
+    now = focused.patch(run, goal, rows, case.held, how)
     if now is not None:
         # what was recorded of the layers below is no longer so
         run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))

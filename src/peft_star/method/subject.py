@@ -16,6 +16,7 @@ from ..failures import Row, encode_rows
 from ..models import structure
 from ..models.fingerprint import check_base
 from ..models.inputs import context_length
+from ..models.names import plain_name
 from ..tuner.config import StarConfig
 from ..tuner.layer import StarLayer, count_of, star_layers
 from ..tuner.model import StarModel
@@ -43,7 +44,8 @@ class Subject:
         tokenizer: Its tokenizer.
         adapter: The adapter's name.
         num_neurons: Neurons of each layer, as asked for; what is found for one failure is recorded in the config.
-        decoder_of: Per module that carries the adapter at the start its decoder layer.
+        decoder_of: Per module that the adapter may patch its decoder layer: those that carry it at the start, and
+            those that carried it before its first repair (the configuration's `scope`).
         decoder_layers: The decoder layers that may be patched, in order of depth; nothing below them needs a gradient.
     """
 
@@ -81,20 +83,28 @@ class Subject:
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
             raise ValueError(f"{type(base).__name__} has no LM head; repair() needs a causal language model.")
         layers, patched = dict(structure.find_decoder_layers(base)), star_layers(base, adapter)
+        scope = config.scope or {}
+        within = {
+            *patched,
+            *(name for name, _ in base.named_modules() if plain_name(name) in scope.get("modules", ())),
+        }
         decoder_of = {
-            name: next((layer for layer in layers if name.startswith(f"{layer}.")), None) for name in patched
+            name: next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+            for name, _ in base.named_modules()
+            if name in within
         }
         orphan = next((name for name, layer in decoder_of.items() if layer is None), None)
         if orphan is not None:
             raise ValueError(f"The target module {orphan} lies in no decoder layer; leave it out of `target_modules`.")
+        num_neurons = scope.get("num_neurons", config.num_neurons)
         for name, layer in patched.items():
             _check_layer(name, layer, adapter, base.get_output_embeddings().weight)
-            count_of(config.num_neurons, layer.in_features, f"neurons of {name}")
+            count_of(num_neurons, layer.in_features, f"neurons of {name}")
         within = [name for name in layers if name in set(decoder_of.values())]
         within = candidate_layers(within, config.layer_selection, config.num_layers)
         check_base(base, config.to_dict(), allow_mismatch=args.allow_other_base)
         # retargeting overwrites the config's `num_neurons`
-        return cls(model, tokenizer, adapter, config.num_neurons, decoder_of, {name: layers[name] for name in within})
+        return cls(model, tokenizer, adapter, num_neurons, decoder_of, {name: layers[name] for name in within})
 
     @property
     def base(self) -> nn.Module:
@@ -137,6 +147,9 @@ class Subject:
 
     def hold(self, located: dict[str, torch.Tensor]) -> list[HeldLayer]:
         """Give the adapter the located neurons, besides those that hold a delta already, which is kept."""
+        if self.config.scope is None:
+            modules = sorted(map(plain_name, self.decoder_of))
+            self.config.scope = {"modules": modules, "num_neurons": self.num_neurons}
         self.model.base_model.retarget(self.adapter, located, keep_deltas=True)
         layers = self.layers()
         return [

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -19,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from ..files import recover
-from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, REPORT_NAME
+from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, LEDGER_NAME, LEDGER_WEIGHTS, REPORT_NAME
 
 # By these words in their names are errors of the network known: httpx, httpx2 and requests share no kind.
 _UNREACHABLE = ("connect", "timeout", "network")
@@ -68,9 +69,31 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
         raise ValueError(f"{patch} is a file; a patch is a directory that holds {CONFIG_NAME}.")
     if looks_like_path(str(patch)):
         raise FileNotFoundError(f"There is no patch at {patch}: no such directory.")
-    wanted = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, CARD_NAME]
+    wanted = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, CARD_NAME, LEDGER_NAME, LEDGER_WEIGHTS]
     with in_one_sentence(str(patch), "patch"):
         return Path(snapshot_download(str(patch), revision=revision, token=token, allow_patterns=wanted))
+
+
+def find_ledger(patch: str | Path, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """The directory of a patch's ledger, if it has one that can be had; a patch works without.
+
+    Args:
+        patch: A directory or a Hub id.
+        subfolder: Where in it the patch lies.
+        hub: Settings of `hf_hub_download`, such as `revision` and `token`.
+    """
+    directory = Path(patch, subfolder) if subfolder else Path(patch)
+    if (directory / CONFIG_NAME).is_file():
+        return directory
+    try:
+        files = [
+            hf_hub_download(str(patch), name, subfolder=subfolder, **hub) for name in (LEDGER_WEIGHTS, LEDGER_NAME)
+        ]
+    except Exception as error:
+        if not is_hub_failure(error):
+            raise
+        return None
+    return Path(files[-1]).parent
 
 
 def looks_like_path(name: str) -> bool:

@@ -1,0 +1,351 @@
+"""The ledger of a patch: what each repair was about, what it changed, and what it left behind.
+
+It lies beside the patch in two files: `repair_ledger.json` holds the entries, and `repair_ledger.safetensors` what
+each of them changed in the patch's deltas, so that any can be taken out again. The entries that stand add up to the
+patch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ..failures import validate_row
+from ..files import read_json, write_json
+from ..models.names import plain_name
+from .changes import Change, Changes, add, norm, pack, unpack
+from .patch_files import LEDGER_NAME, LEDGER_WEIGHTS, checksum, is_module_name, read_tensors
+
+VERSION = 1
+KINDS = ("repair", "change outside of a repair")
+REPAIR, OUTSIDE = KINDS
+SOURCES = ("failures", "retain", "related")
+# activations of failing tokens that are kept in the place of their rows: a part of the tensors of an entry
+KEYS = "keys"
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One row of a repair.
+
+    Attributes:
+        source: "failures", "retain" or "related".
+        row: The row as it was given.
+        tokens: How many tokens its completion has.
+        wrong_before, wrong_after: Which of them, by number, were wrong teacher-forced before and after.
+        generated_before, generated_after: Whether greedy generation gave the completion (None: not looked at).
+    """
+
+    source: str
+    row: dict[str, Any]
+    tokens: int
+    wrong_before: list[int]
+    wrong_after: list[int]
+    generated_before: bool | None = None
+    generated_after: bool | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it was right after its repair, by every check that was made."""
+        return not self.wrong_after and self.generated_after is not False
+
+    @property
+    def key(self) -> str:
+        """What tells its prompt from others."""
+        return json.dumps(self.row["prompt"], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One repair.
+
+    Attributes:
+        id: Eight hexadecimal digits.
+        time: When it ended, in UTC, as ISO 8601 writes it.
+        kind: One of `KINDS`.
+        note: What its maker says of it.
+        rows: Its rows, unless they were not to be kept.
+        summary: The report's figures, before and after.
+        harm: What it did to other text, by measure.
+        patch: Of the patch behind it: `norm` (Frobenius, of all deltas), `neurons`, `layers`; and `change`, the norm
+            of what the repair changed.
+        modules: By module how many neurons the repair changed.
+        arguments, config: The settings that differ from their defaults, and what the patch was allowed to touch.
+        base_fingerprint: Of the weights that it was solved for.
+        versions: Of the packages that it ran with.
+        reverted: When it was taken out; "" while it stands.
+        amended: When it was last solved again, because the revert of another entry had broken it; "": never.
+        tensors: By module what [`pack`] makes of what it changed, with activations under `KEYS` if there are any.
+    """
+
+    id: str
+    time: str
+    kind: str = REPAIR
+    note: str = ""
+    rows: list[LedgerRow] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    harm: dict[str, float] = field(default_factory=dict)
+    patch: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, int] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    base_fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    reverted: str = ""
+    amended: str = ""
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, change: Mapping[str, Change], keys: Mapping[str, torch.Tensor] | None = None, **values: Any) -> Entry:
+        """An entry that ends now, with an id of its own.
+
+        Args:
+            change: By module the neurons (k) and what was added to their deltas (k, d).
+            keys: By module activations (n, m) of the failing tokens, if these are kept.
+            values: The other attributes.
+        """
+        tensors = {name: pack(part) for name, part in change.items()}
+        for name, part in (keys or {}).items():
+            tensors.setdefault(name, {})[KEYS] = part.to(torch.bfloat16).cpu().contiguous()
+        modules = {name: len(neurons) for name, (neurons, _) in change.items()}
+        entry = cls("", now(), modules=modules, tensors=tensors, **values)
+        text = json.dumps([entry.to_dict(), checksum(_flat([entry]))], sort_keys=True)
+        return replace(entry, id=hashlib.sha256(text.encode()).hexdigest()[:8])
+
+    @property
+    def stands(self) -> bool:
+        return not self.reverted
+
+    def changes(self) -> Changes:
+        """By module the neurons (k) that the repair changed, and what it added to their deltas (k, d)."""
+        return {name: unpack({k: t for k, t in self.tensors[name].items() if k != KEYS}) for name in self.modules}
+
+    def keys(self) -> dict[str, torch.Tensor]:
+        """By module the activations (n, m) of its failing tokens, where they are kept."""
+        return {name: parts[KEYS] for name, parts in self.tensors.items() if KEYS in parts}
+
+    def amend(self, change: Mapping[str, Change]) -> Entry:
+        """The entry with something more that the patch holds for its rows."""
+        changes = add([self.changes(), change])
+        tensors = {name: pack(part) for name, part in changes.items()}
+        for name, part in self.keys().items():
+            tensors.setdefault(name, {})[KEYS] = part
+        modules = {name: len(neurons) for name, (neurons, _) in changes.items()}
+        patch = {**self.patch, "change": norm(changes)}
+        return replace(self, modules=modules, tensors=tensors, patch=patch, amended=now())
+
+    def rows_of(self, source: str) -> list[LedgerRow]:
+        return [row for row in self.rows if row.source == source]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tensors, as plain JSON types."""
+        data = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rows", "tensors")}
+        return {**data, "rows": [asdict(row) for row in self.rows]}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The entries of a patch, in the order in which they were made."""
+
+    entries: tuple[Entry, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def standing(self) -> list[Entry]:
+        """The entries that were not taken out."""
+        return [entry for entry in self.entries if entry.stands]
+
+    def with_entry(self, entry: Entry) -> Ledger:
+        """The ledger with one entry more."""
+        return Ledger((*self.entries, entry))
+
+    def find(self, name: str) -> Entry:
+        """The entry of an id, of the beginning of one, or of a number in the order of the log (from 1).
+
+        Raises:
+            ValueError: There is none, or more than one; one sentence.
+        """
+        found = [entry for entry in self.entries if name and entry.id.startswith(name)]
+        if len(found) != 1 and name.isdecimal() and len(name) < 4:
+            found = list(self.entries[int(name) - 1 : int(name)]) if int(name) else []
+        if len(found) != 1:
+            what = "no entry" if not found else f"{len(found)} entries"
+            raise ValueError(f"The ledger has {what} {name!r}; `peft-star log` lists them.")
+        return found[0]
+
+    def replaced(self, entry: Entry) -> Ledger:
+        """The ledger with another state of the entry of this id."""
+        return Ledger(tuple(entry if other.id == entry.id else other for other in self.entries))
+
+    def revert(self, entry: Entry) -> Ledger:
+        """The ledger with an entry taken out, which stays in it as such.
+
+        Raises:
+            ValueError: It has been taken out already.
+        """
+        if not entry.stands:
+            raise ValueError(f"The entry {entry.id} was taken out already, at {entry.reverted}.")
+        return self.replaced(replace(entry, reverted=now()))
+
+    def total(self) -> Changes:
+        """The sum of what the standing entries changed, which is the patch, by module."""
+        return add([entry.changes() for entry in self.standing])
+
+    def kept_neurons(self) -> dict[str, torch.Tensor]:
+        """By module the neurons (k) that standing entries changed."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for entry in self.standing:
+            for name in entry.modules:
+                found.setdefault(name, []).append(entry.tensors[name]["neurons"].long())
+        return {name: torch.cat(parts).unique() for name, parts in found.items()}
+
+    def standing_rows(self, *sources: str) -> list[tuple[Entry, LedgerRow]]:
+        """The rows of the standing entries that hold: of rows with the same prompt, those of the last entry."""
+        last = {row.key: entry.id for entry in self.standing for row in entry.rows if row.source == "failures"}
+        return [
+            (entry, row)
+            for entry in self.standing
+            for row in entry.rows
+            if row.source in sources and last.get(row.key, entry.id) == entry.id
+        ]
+
+    def write(self, directory: Path) -> str:
+        """Write the ledger's files and return the checksum by which a patch's configuration names them."""
+        tensors = _flat(self.entries)
+        safetensors.torch.save_file(tensors, directory / LEDGER_WEIGHTS, metadata={"format": "pt"})
+        content = {
+            "version": VERSION,
+            "tensors_sha256": checksum(tensors),
+            "entries": [entry.to_dict() for entry in self.entries],
+        }
+        write_json(directory / LEDGER_NAME, content)
+        return _sha256(directory / LEDGER_NAME)
+
+    @classmethod
+    def read(cls, directory: Path, expected: str | None) -> Ledger | None:
+        """The ledger of the patch in a directory, or None where there is none.
+
+        Args:
+            directory: The patch's directory.
+            expected: What the patch's configuration says that [`write`] returned; None: the patch has no ledger.
+
+        Raises:
+            ValueError: It is damaged, or that of another patch; one sentence.
+        """
+        path = directory / LEDGER_NAME
+        if expected is None or not path.is_file():
+            return None
+        if _sha256(path) != expected:
+            raise ValueError(f"{path} is damaged: it is not what was saved with this patch (its checksum differs).")
+        try:
+            data = read_json(path)
+            if data["version"] != VERSION:
+                raise ValueError(f"this version of peft_star reads ledgers of version {VERSION}")
+            tensors = read_tensors(directory / LEDGER_WEIGHTS)
+            if checksum(tensors) != data["tensors_sha256"]:
+                raise ValueError("its tensors are not those that were saved")
+            parts = _sorted(tensors)
+            entries = tuple(_entry(item, parts) for item in data["entries"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}).") from None
+        ids = {entry.id for entry in entries}
+        if len(ids) < len(entries) or not parts.keys() <= ids:
+            raise ValueError(f"{path} cannot be read (its entries and its tensors do not belong together).")
+        return cls(entries)
+
+    @classmethod
+    def joined(cls, ledgers: Sequence[Ledger | None]) -> Ledger:
+        """The entries of several patches, in the order of their times; one that several share is there once."""
+        entries = {entry.id: entry for ledger in ledgers if ledger for entry in ledger.entries}
+        return cls(tuple(sorted(entries.values(), key=lambda entry: entry.time)))
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def size_of(patch: Mapping[str, Change], change: Mapping[str, Change]) -> dict[str, float]:
+    """An entry's `patch`: of the deltas by module behind it, and of what it changed."""
+    neurons = {name: int((delta.abs().amax(dim=1) > 0).sum()) for name, (_, delta) in patch.items()}
+    return {
+        "norm": norm(patch),
+        "change": norm(change),
+        "neurons": sum(neurons.values()),
+        "layers": sum(count > 0 for count in neurons.values()),
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _flat(entries: Iterable[Entry]) -> dict[str, torch.Tensor]:
+    """The tensors of entries by `id/module/part`."""
+    return {
+        f"{entry.id}/{name}/{part}": tensor
+        for entry in entries
+        for name, parts in entry.tensors.items()
+        for part, tensor in parts.items()
+    }
+
+
+def _sorted(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for key, tensor in tensors.items():
+        entry, name, part = key.split("/")
+        if not is_module_name(name) or plain_name(name) != name:
+            raise ValueError("a tensor names no module")
+        found.setdefault(entry, {}).setdefault(name, {})[part] = tensor
+    return found
+
+
+def _entry(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> Entry:
+    """An entry as a file of unknown origin has it, checked."""
+    rows = [LedgerRow(**item) for item in data["rows"]]
+    known = {item.name for item in fields(Entry)} - {"rows", "tensors"}
+    values = {key: value for key, value in data.items() if key in known}
+    entry = Entry(**values, rows=rows, tensors=tensors.get(data["id"], {}))
+    for item in fields(entry):
+        kind = _TYPES.get(item.type)
+        if kind and not isinstance(getattr(entry, item.name), kind):
+            raise ValueError(f"an entry's {item.name} is {type(getattr(entry, item.name)).__name__}")
+    if len(entry.id) != 8 or not all(char in "0123456789abcdef" for char in entry.id) or entry.kind not in KINDS:
+        raise ValueError("an entry has no id or no kind")
+    for values in (entry.harm, entry.patch):
+        if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values.values()):
+            raise ValueError(f"a figure of entry {entry.id} is no number")
+    for row in rows:
+        _check_row(row, entry.id)
+    for name, parts in entry.tensors.items():
+        if KEYS in parts and (parts[KEYS].dim() != 2 or not parts[KEYS].isfinite().all()):
+            raise ValueError(f"the activations of entry {entry.id} are no finite matrix")
+        if name not in entry.modules and set(parts) != {KEYS}:
+            raise ValueError(f"entry {entry.id} does not name {name}")
+    for name, (neurons, _) in entry.changes().items():
+        if len(neurons) != entry.modules[name]:
+            raise ValueError(f"entry {entry.id} does not hold the neurons of {name} that it names")
+    return entry
+
+
+def _check_row(row: LedgerRow, entry: str) -> None:
+    validate_row(row.row, f"a row of entry {entry}")
+    wrong = [*row.wrong_before, *row.wrong_after]
+    tokens = type(row.tokens) is int and all(type(token) is int and 0 <= token < row.tokens for token in wrong)
+    if row.source not in SOURCES or not tokens:
+        raise ValueError(f"a row of entry {entry} says nothing of its tokens")
+    if not all(isinstance(value, bool | None) for value in (row.generated_before, row.generated_after)):
+        raise ValueError(f"a row of entry {entry} does not say whether it was generated right")
+
+
+_TYPES = {"str": str, "dict[str, Any]": dict, "dict[str, float]": dict, "dict[str, int]": dict, "dict[str, str]": dict}
