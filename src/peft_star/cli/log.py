@@ -34,7 +34,8 @@ def log(
     if not as_json:
         console = stderr_console()
         if not ledger:
-            console.print(f"{escape(patch)} has no ledger: it was made before there were ledgers, or by hand.")
+            why = "it was made before there were ledgers, or by hand."
+            console.print(f"{escape(patch)} has no ledger: {why}", soft_wrap=True)
         else:
             print_log(ledger, console)
             if rows:

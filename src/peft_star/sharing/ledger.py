@@ -170,14 +170,17 @@ class Ledger:
         return Ledger((*self.entries, entry))
 
     def find(self, name: str) -> Entry:
-        """The entry of an id, of the beginning of one, or of a number in the order of the log (from 1).
+        """The entry of an id, of the beginning of one (four digits or more), or of a number in the order of the log
+        (from 1).
 
         Raises:
             ValueError: There is none, or more than one; one sentence.
         """
-        found = [entry for entry in self.entries if name and entry.id.startswith(name)]
-        if len(found) != 1 and name.isdecimal() and len(name) < 4:
-            found = list(self.entries[int(name) - 1 : int(name)]) if int(name) else []
+        if len(name) < 4:
+            number = int(name) if name.isdecimal() and name.isascii() else 0
+            found = list(self.entries[number - 1 : number]) if number else []
+        else:
+            found = [entry for entry in self.entries if entry.id.startswith(name)]
         if len(found) != 1:
             what = "no entry" if not found else f"{len(found)} entries"
             raise ValueError(f"The ledger has {what} {name!r}; `peft-star log` lists them.")
