@@ -339,7 +339,8 @@ class RepairReport:
             "",
         ]
         if self.earlier:
-            lines += [f"Of {self.earlier['rows']} rows of earlier repairs, {self.earlier['broken']} broke.", ""]
+            count, broken = self.earlier["rows"], self.earlier["broken"]
+            lines += [f"The patch has earlier repairs: of {count} rows of theirs, {broken} broke.", ""]
         if self.interrupted:
             lines += ["The run was interrupted; this is what was finished.", ""]
         if self.failures:

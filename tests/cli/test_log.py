@@ -53,7 +53,7 @@ def test_a_patch_that_grows_out_of_line_is_told(run: Run, twice: Path, tmp_path:
     ledger = grown("kl", [0.01 * n for n in range(1, 9)] + [0.2, 0.4, 0.8])
     write_recorded(tmp_path, found.patch.config, found.tensors(), ledger)
     result = run("log", tmp_path)
-    assert "Warning: The kl of the patch grew" in result.err and "its usual pace" in result.err
+    assert "Warning: The kl of the patch grew" in result.err and "times as fast as its load" in result.err
     # these entries do not make up this patch
     assert norm(found.deltas) and "is no entry's: it was changed outside of a repair" in result.err
     assert len(run("log", tmp_path, "--json").json["warnings"]) == 1

@@ -104,7 +104,7 @@ def print_curves(found: list[Curve], console: Console) -> None:
     """How the patch grew, a line for each measure."""
     for curve in found:
         pace = curve.pace()
-        told = "" if pace is None else f", {pace:.1f} times its usual pace"
+        told = "" if pace is None else f", {pace:.1f} times as fast as its load"
         first, last = curve.values[0], curve.values[-1]
         console.print(f"{visible(curve.measure)} {curve.sparkline()} {first:.4g} -> {last:.4g}{told}", soft_wrap=True)
 

@@ -103,7 +103,7 @@ class History:
             note=self.args.note,
             rows=list(rows),
             summary=report.summary(),
-            harm=dict(getattr(report, "harm", {}) or {}),
+            harm=_figures(getattr(report, "harm", None)),
             patch=size_of(now, change),
             arguments={
                 name: value
@@ -118,6 +118,12 @@ class History:
         report.entry = entry.id
         report.warnings += warnings_of(config.ledger)
         return entry
+
+
+def _figures(harm: Mapping[str, Any] | None) -> dict[str, float]:
+    """The numbers among the measures of harm."""
+    numbers = {name: value for name, value in (harm or {}).items() if isinstance(value, (int, float))}
+    return {name: float(value) for name, value in numbers.items() if not isinstance(value, bool)}
 
 
 def earlier_keys(run: Run) -> dict[str, torch.Tensor]:

@@ -19,6 +19,8 @@ EXACT = 1e-6
 # a neuron's delta is nothing when no entry is as large as this, relative to the largest of what was taken off it
 NOTHING = 1e-5
 NEURONS, WHOLE, LEFT, RIGHT = "neurons", "delta", "left", "right"
+# a decomposition of anything larger takes longer than it saves
+WIDEST = 1024
 # more numbers than any repair changes in a module: two factors of a small file could be made to fill the memory
 MOST_NUMBERS = 1 << 28
 
@@ -95,6 +97,8 @@ def pack(change: Change) -> dict[str, torch.Tensor]:
     these are shorter and exact up to [`EXACT`]."""
     neurons, delta = change[0].to(torch.int32).cpu().contiguous(), change[1].float().cpu().contiguous()
     k, d = delta.shape
+    if min(k, d) > WIDEST:
+        return {NEURONS: neurons, WHOLE: delta}
     u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
     tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is missed when all from here on are left out
     rank = int((tails > EXACT * tails[0]).sum()) if len(s) else 0

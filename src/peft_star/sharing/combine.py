@@ -212,10 +212,13 @@ def _negative(entry: Entry) -> Changes:
 def _config(a: Recorded, b: Recorded, names: list[str]) -> dict[str, Any]:
     """The values of the stack's configuration that differ from those of A."""
     scopes = [one.patch.config.get("scope") for one in (a, b)]
-    scope = scopes[0] or scopes[1]
-    if all(scopes):
-        scope = {**scopes[0], "modules": sorted({*scopes[0]["modules"], *scopes[1]["modules"]})}
-    values = {"scope": scope, "base_fingerprint": _either(a, b, "base_fingerprint")}
+    # one that is no scope is refused when the stack is loaded
+    known = [scope for scope in scopes if isinstance(scope, dict) and isinstance(scope.get("modules"), list)]
+    modules = sorted({str(name) for scope in known for name in scope["modules"]})
+    values = {
+        "scope": {**known[0], "modules": modules} if known else None,
+        "base_fingerprint": _either(a, b, "base_fingerprint"),
+    }
     if set(a.patch.neurons) != set(names):
         # a pattern matches whole names, where a name would also match the end of another
         values |= {"target_modules": "|".join(map(re.escape, names)), "exclude_modules": None}

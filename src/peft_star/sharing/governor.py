@@ -1,23 +1,24 @@
 """The governor: how a patch grows over its repairs, and whether it still grows as it should.
 
-A sound patch grows evenly: pushes that have nothing to do with each other add up in squares, so the square of its
-norm, and with it the divergence on other text, grows by about the same amount with each failing token. A patch near
-its capacity does not: its pushes work against earlier ones and have to outdo them, so each failing token costs more
-than those before, and what the patch does elsewhere grows with it. That shows before anything falls apart.
+A sound patch grows in step with its load: pushes that have nothing to do with each other add up in squares, so the
+square of its norm, and with it the divergence on other text, grows like the number of failing tokens. A patch near its
+capacity does not: its pushes work against earlier ones and have to outdo them, so each failing token costs more than
+those before, and what the patch does elsewhere grows with it. That shows before anything falls apart.
 
-The rule, of each measure: over the last `RECENT` repairs it grew by more than `FACTOR` times as much for each failing
-token as it typically did (the median) over the repairs before, of which there are at least `EARLIER`.
+The rule, of each measure: it is out of line when it grew by `FACTOR` times as much as the number of failing tokens
+over the last `RECENT` repairs, with at least `EARLIER` before them. So a patch is told of that doubles with three
+repairs of a few tokens, and one is not that has doubled because it repairs twice as much. The norm speaks only where
+no measure of harm does: it hints at harm, and differs between kinds of pushes that do as little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from .ledger import Ledger
 
-RECENT, EARLIER, FACTOR = 3, 4, 3.0
+RECENT, EARLIER, FACTOR = 3, 6, 2.0
 NORM = "norm"
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -38,25 +39,29 @@ class Curve:
     values: tuple[float, ...]
     tokens: tuple[int, ...]
 
-    def growth(self) -> list[float]:
-        """By how much the measure grew with each entry, for each failing token; the norm in squares."""
-        power = 2 if self.measure == NORM else 1
-        sizes = [0.0, *(value**power for value in self.values)]
-        return [(new - old) / max(1, count) for old, new, count in zip(sizes, sizes[1:], self.tokens)]
-
     def pace(self) -> float | None:
-        """How many times as fast as it used to be the growth is now, or None where there is too little to tell."""
-        growth = self.growth()
-        if len(growth) < EARLIER + RECENT:
+        """By how much the measure (the norm in squares) grew over the last repairs, relative to the number of failing
+        tokens: 1 where they grew alike. None where there is too little to tell."""
+        if len(self.values) < EARLIER + RECENT:
             return None
-        usual = median(growth[:-RECENT])
-        recent = sum(growth[-RECENT:]) / RECENT
-        return recent / usual if usual > 0 else None
+        power = 2 if self.measure == NORM else 1
+        before, now = self.values[-RECENT - 1] ** power, self.values[-1] ** power
+        load_before, load = sum(self.tokens[:-RECENT]), sum(self.tokens)
+        return now / before * load_before / load if before > 0 and load_before > 0 else None
 
     @property
     def out_of_line(self) -> bool:
+        """Whether the measure grows as it should not."""
         pace = self.pace()
-        return pace is not None and pace > FACTOR
+        return pace is not None and pace >= FACTOR
+
+    def warning(self) -> str:
+        """What is out of line, and what to do."""
+        return (
+            f"The {self.measure} of the patch grew from {self.values[-RECENT - 1]:.3g} to {self.values[-1]:.3g} over "
+            f"the last {RECENT} repairs, which solve {sum(self.tokens[-RECENT:])} of its {sum(self.tokens)} failing "
+            "tokens: it nears what it can hold. Take repairs out (`peft-star revert`), or begin another patch."
+        )
 
     def sparkline(self, width: int = 40) -> str:
         """The values as a line of bars from 0 up, the last `width` of them."""
@@ -82,10 +87,6 @@ def _curve(measure: str, points: Sequence[tuple]) -> Curve:
 
 def warnings_of(ledger: Ledger) -> list[str]:
     """A sentence for each measure that grows out of line."""
-    return [
-        f"The {curve.measure} of the patch grew {curve.pace():.1f} times as fast over the last {RECENT} repairs as it "
-        "used to (for each failing token): it nears what it can hold. Take out repairs that are no longer needed "
-        "(`peft-star revert`), or begin another patch."
-        for curve in curves(ledger)
-        if curve.out_of_line
-    ]
+    found = [curve for curve in curves(ledger) if curve.pace() is not None]
+    harm = [curve for curve in found if curve.measure != NORM]
+    return [curve.warning() for curve in harm or found if curve.out_of_line]

@@ -21,7 +21,7 @@ import torch
 from ..failures import validate_row
 from ..files import read_json, write_json
 from ..models.names import plain_name
-from .changes import Change, Changes, add, norm, pack, unpack
+from .changes import Change, Changes, add, norm, pack, total, unpack
 from .patch_files import LEDGER_NAME, LEDGER_WEIGHTS, checksum, is_module_name, read_tensors
 
 VERSION = 1
@@ -126,7 +126,11 @@ class Entry:
 
     def changes(self) -> Changes:
         """By module the neurons (k) that the repair changed, and what it added to their deltas (k, d)."""
-        return {name: unpack({k: t for k, t in self.tensors[name].items() if k != KEYS}) for name in self.modules}
+        return {name: self.change_of(name) for name in self.modules}
+
+    def change_of(self, name: str) -> Change:
+        """What the repair changed in one of its modules."""
+        return unpack({part: tensor for part, tensor in self.tensors[name].items() if part != KEYS})
 
     def keys(self) -> dict[str, torch.Tensor]:
         """By module the activations (n, m) of its failing tokens, where they are kept."""
@@ -202,7 +206,9 @@ class Ledger:
 
     def total(self) -> Changes:
         """The sum of what the standing entries changed, which is the patch, by module."""
-        return add([entry.changes() for entry in self.standing])
+        names = dict.fromkeys(name for entry in self.standing for name in entry.modules)
+        # a module at a time: whole deltas of hundreds of entries would not fit into memory
+        return {name: total(e.change_of(name) for e in self.standing if name in e.modules) for name in names}
 
     def kept_neurons(self) -> dict[str, torch.Tensor]:
         """By module the neurons (k) that standing entries changed."""
@@ -335,8 +341,8 @@ def _entry(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> Entry:
             raise ValueError(f"the activations of entry {entry.id} are no finite matrix")
         if name not in entry.modules and set(parts) != {KEYS}:
             raise ValueError(f"entry {entry.id} does not name {name}")
-    for name, (neurons, _) in entry.changes().items():
-        if len(neurons) != entry.modules[name]:
+    for name, count in entry.modules.items():
+        if len(entry.change_of(name)[0]) != count:
             raise ValueError(f"entry {entry.id} does not hold the neurons of {name} that it names")
     return entry
 
