@@ -29,6 +29,19 @@ def test_a_change_of_few_tokens_is_kept_as_factors() -> None:
     assert (again[1] - delta).norm() <= 2e-6 * delta.norm()
 
 
+def test_rounding_of_larger_deltas_is_no_part_of_a_change() -> None:
+    neurons, delta = low_rank()
+    torch.manual_seed(1)
+    before = torch.randn(40, 30) * 1000
+    after = before + delta
+    change = difference({NAME: (neurons, after)}, {NAME: (neurons, before)})[NAME]
+    assert set(pack(change)) == {"neurons", "delta"}  # of full rank, by rounding
+    packed = pack(change, norm({NAME: (neurons, after)}))
+    assert packed["left"].shape == (40, 3)
+    assert (unpack(packed)[1] - change[1]).norm() <= 2e-6 * after.norm()
+    assert difference({NAME: (neurons, before * (1 + 1e-7))}, {NAME: (neurons, before)}) == {}
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e10])
 def test_any_other_change_is_kept_as_it_is(scale: float) -> None:
     torch.manual_seed(0)

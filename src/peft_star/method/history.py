@@ -67,7 +67,7 @@ class History:
         change = difference(history.start, history.ledger.total())
         if norm(change) > SAME * norm(history.start):
             # before this package kept ledgers, or by hand
-            entry = Entry.of(change, kind=OUTSIDE, patch=size_of(history.start, change))
+            entry = Entry.of(change, behind=history.start, kind=OUTSIDE, patch=size_of(history.start, change))
             history.ledger = history.ledger.with_entry(entry)
         return history
 
@@ -99,6 +99,7 @@ class History:
         entry = Entry.of(
             change,
             keys,
+            now,
             kind=REPAIR,
             note=self.args.note,
             rows=list(rows),

@@ -116,7 +116,7 @@ def _solve_again(model, tokenizer, subject: Subject, name: str, args: RepairArgu
         return
     repair(model, tokenizer, wrong, args)
     *others, solved = subject.config.ledger.entries
-    subject.config.ledger = Ledger(tuple(others)).replaced(entry.amend(solved.changes()))
+    subject.config.ledger = Ledger(tuple(others)).replaced(entry.amend(solved.changes(), deltas_of(subject)))
 
 
 def _settings(entry: Entry) -> RepairArguments:

@@ -14,7 +14,8 @@ import torch
 Change = tuple[torch.Tensor, torch.Tensor]
 Changes = dict[str, Change]
 
-# a change is kept as factors when these miss its Frobenius norm by no more than this, relative
+# a change is kept as factors when what these miss of it is no more than this, relative to its Frobenius norm or to
+# that of the deltas which it was added to: what rounding in float32 makes of a change has no low rank
 EXACT = 1e-6
 # a neuron's delta is nothing when no entry is as large as this, relative to the largest of what was taken off it
 NOTHING = 1e-5
@@ -47,10 +48,16 @@ def add(parts: Iterable[Mapping[str, Change]]) -> Changes:
 
 
 def difference(after: Mapping[str, Change], before: Mapping[str, Change]) -> Changes:
-    """What has to be added to `before` to get `after`, in float32, without neurons that did not change."""
+    """What has to be added to `before` to get `after`, in float32, without neurons that did not change, and without
+    modules that rounding alone has changed."""
     negative = {name: (neurons, -delta) for name, (neurons, delta) in before.items()}
     found = {name: trim(change) for name, change in add([after, negative]).items()}
-    return {name: (neurons, delta.float()) for name, (neurons, delta) in found.items() if len(neurons)}
+    least = {name: EXACT * float(delta.double().norm()) for name, (_, delta) in after.items()}
+    return {
+        name: (neurons, delta.float())
+        for name, (neurons, delta) in found.items()
+        if len(neurons) and delta.norm() > least.get(name, 0.0)
+    }
 
 
 def trim(change: Change) -> Change:
@@ -92,16 +99,21 @@ def norm(changes: Mapping[str, Change]) -> float:
     return float(sum(delta.double().square().sum() for _, delta in changes.values()) ** 0.5) if changes else 0.0
 
 
-def pack(change: Change) -> dict[str, torch.Tensor]:
+def pack(change: Change, scale: float = 0.0) -> dict[str, torch.Tensor]:
     """A change as the tensors of a file: its neurons with its delta (k, d), or with factors (k, r) and (r, d) where
-    these are shorter and exact up to [`EXACT`]."""
+    these are shorter and exact up to [`EXACT`].
+
+    Args:
+        change: The change.
+        scale: The Frobenius norm of the module's deltas, which its rounding goes with.
+    """
     neurons, delta = change[0].to(torch.int32).cpu().contiguous(), change[1].float().cpu().contiguous()
     k, d = delta.shape
     if min(k, d) > WIDEST:
         return {NEURONS: neurons, WHOLE: delta}
     u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
     tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is missed when all from here on are left out
-    rank = int((tails > EXACT * tails[0]).sum()) if len(s) else 0
+    rank = int((tails > EXACT * max(float(tails[0]), scale)).sum()) if len(s) else 0
     if rank * (k + d) >= k * d or not rank:
         return {NEURONS: neurons, WHOLE: delta}
     scale = s[:rank].sqrt()

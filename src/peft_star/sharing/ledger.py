@@ -104,15 +104,22 @@ class Entry:
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, change: Mapping[str, Change], keys: Mapping[str, torch.Tensor] | None = None, **values: Any) -> Entry:
+    def of(
+        cls,
+        change: Mapping[str, Change],
+        keys: Mapping[str, torch.Tensor] | None = None,
+        behind: Mapping[str, Change] | None = None,
+        **values: Any,
+    ) -> Entry:
         """An entry that ends now, with an id of its own.
 
         Args:
             change: By module the neurons (k) and what was added to their deltas (k, d).
+            behind: The patch behind it, by module.
             keys: By module activations (n, m) of the failing tokens, if these are kept.
             values: The other attributes.
         """
-        tensors = {name: pack(part) for name, part in change.items()}
+        tensors = _packed(change, behind)
         for name, part in (keys or {}).items():
             tensors.setdefault(name, {})[KEYS] = part.to(torch.bfloat16).cpu().contiguous()
         modules = {name: len(neurons) for name, (neurons, _) in change.items()}
@@ -136,10 +143,10 @@ class Entry:
         """By module the activations (n, m) of its failing tokens, where they are kept."""
         return {name: parts[KEYS] for name, parts in self.tensors.items() if KEYS in parts}
 
-    def amend(self, change: Mapping[str, Change]) -> Entry:
-        """The entry with something more that the patch holds for its rows."""
+    def amend(self, change: Mapping[str, Change], behind: Mapping[str, Change] | None = None) -> Entry:
+        """The entry with something more that the patch holds for its rows; `behind`: the patch behind that."""
         changes = add([self.changes(), change])
-        tensors = {name: pack(part) for name, part in changes.items()}
+        tensors = _packed(changes, behind)
         for name, part in self.keys().items():
             tensors.setdefault(name, {})[KEYS] = part
         modules = {name: len(neurons) for name, (neurons, _) in changes.items()}
@@ -293,6 +300,11 @@ def size_of(patch: Mapping[str, Change], change: Mapping[str, Change]) -> dict[s
         "neurons": sum(neurons.values()),
         "layers": sum(count > 0 for count in neurons.values()),
     }
+
+
+def _packed(change: Mapping[str, Change], behind: Mapping[str, Change] | None) -> dict[str, dict[str, torch.Tensor]]:
+    scales = {name: norm({name: part}) for name, part in (behind or {}).items()}
+    return {name: pack(part, scales.get(name, 0.0)) for name, part in change.items()}
 
 
 def _sha256(path: Path) -> str:
