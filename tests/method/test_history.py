@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from peft_star import RepairArguments, StarConfig, check, combine_patches, repair
 from peft_star.method import history
@@ -213,11 +213,19 @@ def test_a_scope_that_is_none_is_refused(scope) -> None:
         StarConfig(scope=scope)
 
 
-def test_a_sum_of_patches_has_the_entries_of_both(tokenizer) -> None:
+def test_another_adapter_of_the_same_configuration_begins_without(tokenizer) -> None:
+    config = StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0)
+    for row in some_rows(2):
+        model = get_peft_model(decided(), config)
+        report = repair(model, tokenizer, [row], RepairArguments(**QUIET))
+        assert report.success and report.earlier == {} and len(ledger(model)) == 1
+
+
+def test_a_sum_of_patches_has_the_entries_of_both(tokenizer, tmp_path) -> None:
     model = repaired(tokenizer, some_rows(1))
     other = repaired(tokenizer, some_rows(2)[1:])
-    config = copy.deepcopy(other.peft_config["default"])
-    model.add_adapter("other", config)
+    other.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "other")
     combine_patches(model, ["default", "other"], "both")
     ids = [entry.id for one in (model, other) for entry in ledger(one).entries]
     assert {entry.id for entry in model.peft_config["both"].ledger.entries} == set(ids)

@@ -181,6 +181,8 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     table.add_row("tokens broken", str(figures["tokens_broken"]))
     if layers:
         table.add_row("patched", f"{figures['neurons']} neurons in {figures['layers']} layers")
+    if report.entry:
+        table.add_row("entry", visible(report.entry))
     phases = ", ".join(f"{visible(name)} {seconds:.1f}" for name, seconds in report.seconds.items())
     table.add_row("steps", str(figures["steps"]))
     table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")

@@ -261,7 +261,7 @@ class Ledger:
         path = directory / LEDGER_NAME
         if expected is None or not path.is_file():
             return None
-        if _sha256(path) != expected:
+        if not is_ledger(directory, expected):
             raise ValueError(f"{path} is damaged: it is not what was saved with this patch (its checksum differs).")
         try:
             data = read_json(path)
@@ -284,6 +284,12 @@ class Ledger:
         """The entries of several patches, in the order of their times; one that several share is there once."""
         entries = {entry.id: entry for ledger in ledgers if ledger for entry in ledger.entries}
         return cls(tuple(sorted(entries.values(), key=lambda entry: entry.time)))
+
+
+def is_ledger(directory: Path, expected: str | None) -> bool:
+    """Whether the ledger of this checksum lies in a directory."""
+    path = directory / LEDGER_NAME
+    return expected is not None and path.is_file() and _sha256(path) == expected
 
 
 def now() -> str:

@@ -15,10 +15,9 @@ from peft.utils import PeftType
 
 from ..models.names import check_pattern
 from ..sharing.download import find_ledger
-from ..sharing.ledger import Ledger
+from ..sharing.ledger import Ledger, is_ledger
 from ..sharing.lora import patch_to_lora
 from ..sharing.patch_files import (
-    LEDGER_NAME,
     LORA_DIR,
     WEIGHTS_NAME,
     checksum,
@@ -280,8 +279,10 @@ class StarConfig(PeftConfig):
         default=None,
         metadata={"help": "The modules and the number of neurons among which repairs choose. A repair records it."},
     )
-    # a `Ledger`; no field of the dataclass: it lies in files of its own
+    # of a `Ledger`; no fields of the dataclass: it lies in files of its own. What was loaded with the configuration
+    # becomes the adapter's with its tensors, so that another adapter of the same configuration begins without
     ledger = None
+    loaded_ledger = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -403,7 +404,7 @@ class StarConfig(PeftConfig):
             hub = cls._split_kwargs(kwargs)[0]
             directory = find_ledger(pretrained_model_name_or_path, subfolder, **hub)
             if directory is not None:
-                config.ledger = Ledger.read(directory, config.ledger_sha256)
+                config.loaded_ledger = Ledger.read(directory, config.ledger_sha256)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -423,7 +424,7 @@ class StarConfig(PeftConfig):
             self._warn_of_foreign(tensors)
         if has_tensors and self.ledger is not None:
             saved.ledger_sha256 = self.ledger.write(directory)
-        elif not (directory / LEDGER_NAME).is_file():
+        elif not is_ledger(directory, self.ledger_sha256):
             saved.ledger_sha256 = None  # a ledger that was not loaded is not saved
         super(StarConfig, saved).save_pretrained(save_directory, **kwargs)
         if self.lora_twin and has_tensors:

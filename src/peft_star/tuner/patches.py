@@ -78,7 +78,7 @@ def combine_patches(
     record_counts(config, {name: neurons.numel() for name, (neurons, _) in combined.items()})
     recorded = [tuner.peft_config[adapter].base_fingerprint for adapter in adapters]
     config.base_fingerprint = next(filter(None, recorded), None)
-    config.ledger, config.ledger_sha256 = _joined_ledger([tuner.peft_config[name] for name in adapters], factors), None
+    config.ledger_sha256 = None
 
     # adding an adapter sets anew what is trainable, which is no business of this function
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -91,6 +91,7 @@ def combine_patches(
             layer.star_neurons[new_name] = neurons.to(old.device)
     for parameter, requires_grad in trainable.items():
         parameter.requires_grad_(requires_grad)
+    config.ledger = _joined_ledger([tuner.peft_config[name] for name in adapters], factors)
 
 
 def swap_patch(
