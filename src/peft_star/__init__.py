@@ -13,7 +13,8 @@ from .method.revert import RevertReport, revert  # noqa: E402
 from .models.fingerprint import fingerprint  # noqa: E402
 from .report import RepairReport  # noqa: E402
 from .sharing.combine import diff, stack  # noqa: E402
-from .sharing.ledger import Entry, Ledger  # noqa: E402
+from .sharing.entries import Entry  # noqa: E402
+from .sharing.ledger import Ledger  # noqa: E402
 from .sharing.recorded import log, revert_patch  # noqa: E402
 from .tuner import Linear, StarConfig, StarLayer, StarModel  # noqa: E402
 from .tuner.patches import combine_patches, export_lora, swap_patch  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from peft_star.sharing.changes import norm
@@ -63,6 +64,8 @@ def test_what_a_ledger_says_cannot_move_the_terminal(run: Run, twice: Path, tmp_
     evil = "\x1b[2Jgone\u202e[bold]"
     found = Recorded.read(twice)
     ledger = grown(evil, [0.1, 0.2])
+    evils = {"note": evil, "time": evil, "summary": {"solved": evil, "failures": evil}}
+    ledger = ledger.replaced(replace(ledger.entries[0], **evils))
     write_recorded(tmp_path, found.patch.config, found.tensors(), ledger)
     result = run("log", tmp_path, "--rows")
     assert result.code == 0 and "gone" in result.err

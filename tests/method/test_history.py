@@ -14,7 +14,7 @@ from peft_star.method import history
 from peft_star.method.history import History, earlier_keys
 from peft_star.method.subject import Subject
 from peft_star.sharing.changes import difference, norm
-from peft_star.sharing.ledger import OUTSIDE
+from peft_star.sharing.entries import OUTSIDE
 from support.ledgers import ledger, repaired, some_rows
 from support.words import LAYERS, QUIET, RETAIN, ROWS, decided, running, star, word_tokenizer, wrong_tokens
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_star.sharing.changes import add
-from peft_star.sharing.ledger import KEYS, Entry, Ledger, LedgerRow, _sha256
+from peft_star.sharing.entries import KEYS, Entry, LedgerRow
+from peft_star.sharing.ledger import Ledger, _sha256
 from peft_star.sharing.patch_files import checksum
 from support.ledgers import MODULE, an_entry
 
@@ -135,6 +136,7 @@ def test_a_ledger_of_another_state_of_the_patch_is_refused(ledger: Ledger, tmp_p
         lambda data: data["entries"][0].update(note=3),
         lambda data: data["entries"][0].update(harm={"kl": "much"}),
         lambda data: data["entries"][0].update(patch={"norm": None}),
+        lambda data: data["entries"][0].update(patch={"norm": float("inf")}),
         lambda data: data["entries"][0].update(modules={MODULE: 3}),
         lambda data: data["entries"][0].update(modules={}),
         lambda data: data["entries"][0].update(modules={MODULE: 4, "model.other": 1}),

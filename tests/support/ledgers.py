@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from peft_star import RepairArguments, repair
-from peft_star.sharing.ledger import Entry, Ledger, LedgerRow, size_of
+from peft_star.sharing.entries import Entry, LedgerRow, size_of
+from peft_star.sharing.ledger import Ledger
 from support.tiny_models import VOCAB
 from support.words import QUIET, star
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from .. import CheckReport
 from .. import check as run_check
 from ..loading import load_patch
-from ..sharing.ledger import SOURCES
+from ..sharing.entries import SOURCES
 from ..sharing.recorded import log
 from .app import (
     EXIT_UNSOLVED,

@@ -28,7 +28,7 @@ def diff(
         for name, entries in ((a, found.only_a), (b, found.only_b)):
             for entry in entries:
                 about = f" {visible(entry.note)}" if entry.note else ""
-                solved = f"{entry.summary.get('solved', 0)} failing tokens solved"
+                solved = visible(f"{entry.summary.get('solved', 0)} failing tokens solved")
                 console.print(f"Only in {escape(name)}: {entry.id} {visible(entry.time)}, {solved}{about}")
         if found.both:
             console.print(f"Repairs in both: {len(found.both)}")

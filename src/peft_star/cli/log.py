@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..sharing.entries import OUTSIDE, Entry
 from ..sharing.governor import Curve, curves, warnings_of
-from ..sharing.ledger import OUTSIDE, Entry, Ledger
+from ..sharing.ledger import Ledger
 from ..sharing.recorded import Recorded
 from .app import Json, Patch, Token, command, finish
 from .console import escape, stderr_console, visible
@@ -110,7 +111,7 @@ def print_curves(found: list[Curve], console: Console) -> None:
 
 
 def _of(figures: dict[str, Any], part: str, whole: str) -> str:
-    return f"{figures[part]} of {figures[whole]}" if part in figures and whole in figures else ""
+    return visible(f"{figures[part]} of {figures[whole]}") if part in figures and whole in figures else ""
 
 
 def _text(value: Any) -> str:

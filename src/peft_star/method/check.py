@@ -13,7 +13,8 @@ from ..engine.passes import generate, predict
 from ..engine.predictions import Predictions
 from ..failures import Row
 from ..report import CONTEXT_CHARACTERS, code
-from ..sharing.ledger import SOURCES, Entry, Ledger, LedgerRow
+from ..sharing.entries import SOURCES, Entry, LedgerRow
+from ..sharing.ledger import Ledger
 from .arguments import RepairArguments
 from .subject import Subject
 

@@ -15,8 +15,9 @@ from ..failures import COLUMNS, Row
 from ..models.names import plain_name
 from ..report import RepairReport
 from ..sharing.changes import Changes, difference, norm
+from ..sharing.entries import OUTSIDE, REPAIR, SOURCES, Entry, LedgerRow, size_of
 from ..sharing.governor import warnings_of
-from ..sharing.ledger import OUTSIDE, REPAIR, SOURCES, Entry, Ledger, LedgerRow, size_of
+from ..sharing.ledger import Ledger
 from .arguments import RepairArguments
 from .subject import Run, Subject
 from .verify import Case, Seen

@@ -7,9 +7,10 @@ from typing import Any
 
 from ..models.names import plain_name
 from ..sharing.changes import Changes, subtract
-from ..sharing.ledger import Entry, Ledger
+from ..sharing.entries import Entry
+from ..sharing.ledger import Ledger
 from .arguments import RepairArguments
-from .check import CheckReport, check, ledger_of, look_again
+from .check import CheckedRow, CheckReport, check, ledger_of, look_again
 from .history import deltas_of
 from .repair import repair
 from .subject import Subject
@@ -99,7 +100,7 @@ def set_deltas(subject: Subject, deltas: Changes) -> None:
         layers[names[name]].set_neurons(subject.adapter, neurons, delta)
 
 
-def _held(found: CheckReport) -> list:
+def _held(found: CheckReport) -> list[CheckedRow]:
     """The regressed rows that a repair solves or holds; related ones are only looked at."""
     return [row for row in found.regressed if row.source != "related"]
 

@@ -11,7 +11,8 @@ import torch
 
 from ..models.fingerprint import matches
 from .changes import Change, Changes, add, difference
-from .ledger import Entry, Ledger
+from .entries import Entry
+from .ledger import Ledger
 from .lora import recorded_widths
 from .recorded import Recorded
 

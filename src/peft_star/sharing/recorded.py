@@ -16,7 +16,8 @@ from ..models.names import PEFT_PREFIX
 from .card import write_card
 from .changes import Changes, difference, norm, subtract
 from .download import find_patch
-from .ledger import Entry, Ledger
+from .entries import Entry
+from .ledger import Ledger
 from .lora import patch_to_lora
 from .patch_files import (
     CARD_NAME,
