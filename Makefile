@@ -5,16 +5,17 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 QUANTIZED := $(VENV)/.installed-quantized
+SITE := $(VENV)/.installed-docs
 PYTEST_ARGS ?=
 # A worker a core, but each holds a real model: at most four. PYTEST_ARGS="-n 0" does without.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
-SOURCES := src tests examples $(wildcard benchmarks)
+SOURCES := src tests examples .ci $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow docs test-versions dist lint format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Build .venv with every extra and the demo's model
 
@@ -35,6 +36,11 @@ $(QUANTIZED): $(STAMP)
 	$(PIP) install -q -c constraints.txt -e ".[quantized]"
 	@touch $@
 
+# for the site only
+$(SITE): $(STAMP)
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
+	@touch $@
+
 demo: $(STAMP) ## Repair a real small model, step by step (about a minute)
 	$(PY) -m peft_star demo --overwrite
 
@@ -44,14 +50,24 @@ test: $(QUANTIZED) ## The tests, without the slow ones
 test-slow: $(QUANTIZED) ## Every test
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
-lint: $(STAMP) ## Check style and formatting
+docs: $(SITE) ## The documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+test-versions: $(STAMP) ## The core tests with the oldest and the newest peft and transformers
+	$(PY) .ci/versions.py
+
+dist: $(STAMP) ## Build wheel and sdist, check them, and run the wheel in an empty environment
+	PYTHON=$(PYTHON) VENV=$(VENV) .ci/dist
+
+lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m mypy
 
 format: $(STAMP) ## Apply style and formatting
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
+	rm -rf $(VENV) .venv-versions build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

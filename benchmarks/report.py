@@ -30,6 +30,7 @@ from methods import make_method
 
 BEGIN = "<!-- reading: written by hand, kept when this page is made again -->"
 END = "<!-- end of the reading -->"
+NOT_RUN = "<!-- not run: needs the paper's data sets, and hours -->"  # by the tests of the documentation
 
 State = dict[str, Any]
 
@@ -228,7 +229,8 @@ def build(files: list[Path], page: Path, names: dict[str, str]) -> str:
         for kind, section in SECTIONS.items():
             if kind in found:
                 state = found[kind]
-                parts += [f"### {section.title}", conditions(state), f"```bash\n{command(kind, state)}\n```"]
+                shown = f"{NOT_RUN}\n```bash\n{command(kind, state)}\n```"
+                parts += [f"### {section.title}", conditions(state), shown]
                 parts.append(section.render(state, pictures))
     parts += [
         "## What the paper publishes",

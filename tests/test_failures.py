@@ -7,7 +7,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from peft_star.failures import encode_rows, read_rows, validate_row
+from peft_star.failures import encode_rows, read_rows
 from support.byte_llama import build_tokenizer
 from support.words import word_tokenizer
 
@@ -156,7 +156,7 @@ def test_chat_messages_end_where_generation_would_stop():
 
 
 def test_chat_messages_need_a_template():
-    with pytest.raises(ValueError, match="failures row 0: chat messages need a chat template"):
+    with pytest.raises(ValueError, match="failures row 1: chat messages need a chat template"):
         encode_rows([chat_row()], byte_level(), name="failures row")
 
 
@@ -172,9 +172,9 @@ def test_a_chat_completion_of_several_messages_is_refused(tmp_path):
         read_rows(path)
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match="row 0: 'completion' holds 3 messages"):
+    with pytest.raises(ValueError, match="row 1: 'completion' holds 3 messages"):
         encode_rows([row], tokenizer)
-    with pytest.raises(ValueError, match="row 0: 'completion' holds </s>, at which generation stops"):
+    with pytest.raises(ValueError, match="row 1: 'completion' holds </s>, at which generation stops"):
         encode_rows([chat_row("np.float64(3)</s>np")], tokenizer)
 
 
@@ -214,7 +214,7 @@ def test_a_text_does_not_end_unless_it_says_so(end):
 def test_an_end_needs_a_token():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
     assert encode_rows([with_end(True)], tokenizer)[0].completion.endswith("\n")
-    with pytest.raises(ValueError, match="row 0: 'end' is true, but this tokenizer has no end-of-text token"):
+    with pytest.raises(ValueError, match="row 1: 'end' is true, but this tokenizer has no end-of-text token"):
         encode_rows([with_end(True, "import")], tokenizer)
 
 
@@ -255,92 +255,12 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
         encode_rows([chat_row()], tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a"}, "column 'completion' is missing"),
-        ({"prompt": "a", "answer": "b"}, r"column 'completion' is missing \(it has 'answer', 'prompt'\)"),
-        ({"prompt": "a", "completion": "b", "weight": 1}, "unknown column 'weight'"),
-        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
-        ({"prompt": "", "completion": "b"}, "'prompt' is empty"),
-        ({"prompt": "a", "completion": None}, "'completion' is NoneType; it must be text"),
-        ({"prompt": 3, "completion": "b"}, "'prompt' is int; it must be text"),
-        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "both be text or both be lists"),
-        ({"prompt": [], "completion": [{"role": "assistant", "content": "b"}]}, "'prompt' has no messages"),
-        ({"prompt": [{"role": "user"}], "completion": [{"role": "assistant", "content": "b"}]}, "has 'role' and"),
-        ({"prompt": [{"role": "user", "content": 1}], "completion": [{"role": "a", "content": "b"}]}, "must be text"),
-        (
-            {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": ""}]},
-            "'completion' is empty",
-        ),
-        (["a", "b"], "found list; a row is an object"),
-        ({"prompt": "a", "completion": "b", "focus": "c"}, "'focus' 'c' does not occur in the prompt"),
-        ({"prompt": "a", "completion": "b", "focus": ["a", "b"]}, "'focus' 'b' does not occur in the prompt"),
-        ({"prompt": "a", "completion": "b", "focus": ""}, "'focus' is empty; give a piece"),
-        ({"prompt": "a ", "completion": "b", "focus": " "}, "'focus' is empty; give a piece"),
-        ({"prompt": "a", "completion": "b", "focus": []}, "'focus' is empty; give a piece"),
-        ({"prompt": "a", "completion": "b", "focus": ["a", ""]}, "'focus' is empty; give a piece"),
-        ({"prompt": "a", "completion": "b", "focus": 3}, "'focus' is 3; it must be a piece of the prompt's text"),
-        ({"prompt": "a", "completion": "b", "focus": ["a", None]}, "'focus' is .*; it must be a piece"),
-        ({"prompt": "a", "completion": "b", "focus": {"a": 1}}, "'focus' is .*; it must be a piece"),
-        ({"prompt": "a", "completion": "b", "problem": 3}, "'problem' is int; it must be text"),
-        ({"prompt": "a", "completion": "b", "problem": " "}, "'problem' is empty; give a name"),
-        ({"prompt": "a", "completion": "b\udfff"}, r"'completion' holds \\udfff, half of a character"),
-        ({"prompt": "a", "completion": "b", "focus": ["a", "\ud800"]}, r"'focus' holds \\ud800"),
-        ({"prompt": "a", "completion": "b", "problem": "\ud800"}, r"'problem' holds \\ud800"),
-        (
-            {"prompt": [{"role": "user", "content": "\ud800"}], "completion": [{"role": "a", "content": "b"}]},
-            r"'prompt' holds \\ud800",
-        ),
-        ({"prompt": "a", "completion": "b", "end": "yes"}, "'end' is 'yes'; it must be true or false"),
-        ({"prompt": "a", "completion": "b", "end": 1}, "'end' is 1; it must be true or false"),
-    ],
-)
-def test_bad_rows_are_named_in_one_sentence(row, message):
-    with pytest.raises(ValueError, match=f"^row 7: .*{message}") as raised:
-        validate_row(row, "row 7")
-    assert "\n" not in str(raised.value)
-
-
 def test_rows_longer_than_the_context_and_empty_sets_are_refused():
     rows = [{"prompt": "the quick brown fox", "completion": " jumps over"}]
-    with pytest.raises(ValueError, match="row 0: .* exceed the model's context of 3"):
+    with pytest.raises(ValueError, match="row 1: .* exceed the model's context of 3"):
         encode_rows(rows, byte_level(), 3)
     with pytest.raises(ValueError, match="no row to work on"):
         encode_rows([], byte_level())
-
-
-def test_reading_files(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "ä", "completion": "b\u2028c"}, {"prompt": "c", "completion": "d"}]
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
-    assert read_rows(path) == rows
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"prompt": "a", "completion": "b"}\n{"prompt": ', "line 2: not JSON"),
-        (b'{"prompt": "a", "completion": "b"}\n[1]', "line 2: found list"),
-        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b', "completion": "b"}', "line 1: not JSON .*too deep"),
-        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "line 1: not JSON"),
-        (b'{"prompt": "a\\ud800", "completion": "b"}', r"line 1: 'prompt' holds \\ud800, half of a character"),
-        (b"", "holds no rows"),
-        (b"\n \n", "holds no rows"),
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (b'{"prompt": "a", "completion": ""}', "line 1: 'completion' is empty"),
-    ],
-)
-def test_bad_files_are_named_with_their_line(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_rows(path)
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl is not a file"):
-        read_rows(tmp_path / "nowhere.jsonl")
 
 
 # what a row's problem is about
@@ -415,7 +335,7 @@ def test_a_focus_in_chat_messages_is_looked_for_where_they_are_rendered(wrap):
     (row,) = encode_rows([{**chat_row(), "focus": ["which float", "<|user|>"]}], tokenizer)
     said = [decode(tokenizer, row.prompt_ids[: position + 1]) for position in row.focus]
     assert len(said) == 2 and said[0].startswith("<|user|>") and said[1].startswith("<|user|>which float")
-    with pytest.raises(ValueError, match=r"^row 0: 'focus' 'np' does not occur in the prompt\.$"):
+    with pytest.raises(ValueError, match=r"^row 1: 'focus' 'np' does not occur in the prompt\.$"):
         encode_rows([{**chat_row(), "focus": "np"}], tokenizer)
 
 

@@ -78,6 +78,15 @@ def test_a_missing_path_is_not_asked_of_the_hub(name: str) -> None:
         find_patch(name)
 
 
+def test_a_patch_without_an_owner_is_not_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_star.sharing.download.HfApi", lambda **kwargs: 1 / 0)
+    with pytest.raises(FileNotFoundError) as raised:
+        find_patch("my-patch")
+    assert str(raised.value) == (
+        "There is no patch my-patch: no such directory, and a patch on the Hub is named with its owner, you/my-patch."
+    )
+
+
 def test_a_hub_that_cannot_be_reached(no_hub: None) -> None:
     with pytest.raises(OSError, match="no local model nobody/nothing, and the Hub could not be reached"):
         load_model("nobody/nothing")

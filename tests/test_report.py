@@ -72,6 +72,27 @@ def test_rows_count_for_the_problem_that_they_name():
     assert (other.name, other.rows, other.retained, other.retained_kept, other.acts) == ("other", 0, 1, 1, [])
 
 
+def test_readers_are_shown_lines_and_ids(tmp_path):
+    known = record("failures", 0, False, True)
+    known.id, known.line, known.goes_on = "BUG|7\x1b[2J", 3, "x"
+    rows = [known, record("failures", 1, False, True), record("retain", 0, True, False)]
+    rows[2].line = 12
+    broken = [BrokenToken("retain", 0, 1, "a", "b", 1, "c", 2)]
+    report = report_of(rows, [failed(0, 1), failed(1, 1)])
+    report.broken = broken
+    report.save(tmp_path / "report.json")
+    assert RepairReport.load(tmp_path / "report.json") == report
+    text = report.to_markdown()
+    assert "| 3 (BUG\\|7\x1b\\[2J) | `a` | `b` |" in text and "| 3 (BUG\\|7\x1b\\[2J) | `b` | `x` |" in text
+    assert "\n| 2 | `a` |" in text and "\n| retain | 12 | `a` |" in text
+    shown = io.StringIO()
+    print_report(report, Console(file=shown, width=120))
+    lines = [" ".join(line.replace("│", "|").split()) for line in shown.getvalue().splitlines()]
+    assert sum(line.startswith("| 3 (BUG|7\\x1b[2J) |") for line in lines) == 2
+    assert any(line.startswith("| 2 | a |") for line in lines)
+    assert any(line.startswith("| retain | 12 |") for line in lines)
+
+
 @pytest.mark.parametrize("name", ["a", None])
 def test_rows_without_a_name_count_for_the_only_problem(name):
     rows = rows_of(name, name)

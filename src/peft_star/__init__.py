@@ -10,6 +10,7 @@ from .method.check import CheckReport, check  # noqa: E402
 from .method.prior_guided import PriorGuidedSGD  # noqa: E402
 from .method.repair import RepairInterrupted, prepare, repair  # noqa: E402
 from .method.revert import RevertReport, revert  # noqa: E402
+from .method.unfinished import Unfinished  # noqa: E402
 from .models.fingerprint import fingerprint  # noqa: E402
 from .report import RepairReport  # noqa: E402
 from .sharing.combine import diff, stack  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "StarConfig",
     "StarLayer",
     "StarModel",
+    "Unfinished",
     "check",
     "combine_patches",
     "diff",

@@ -1,8 +1,8 @@
 """Failures: prompt-completion rows, the tokens generation would have to produce, and the medium tokens.
 
 Row format is TRL's prompt-completion: both strings, or both lists of chat messages. Beside these a row may say what of
-its prompt the problem is about (`focus`), which problem that is (`problem`), and whether the model is to stop
-where the completion does (`end`).
+its prompt the problem is about (`focus`), which problem that is (`problem`), whether the model is to stop where the
+completion does (`end`), and what the row is called elsewhere, such as in a bug tracker (`id`).
 
 Position `p` of a row is a *medium token* when the model's argmax for `p + 1` differs from the expected token (paper
 section 2.1 and 3.2); that is one failure.
@@ -13,13 +13,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .files import parse_json
+from .row_checks import check_focus, is_chat, number_of, spans_of, validate_row, where
+from .row_files import read_rows
 
-COLUMNS = ("prompt", "completion")
-OPTIONAL = ("focus", "problem", "end")
+__all__ = ["Row", "encode_rows", "read_rows", "validate_row"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Row:
 
     `focus` holds the positions in `prompt_ids`, ascending, at which the spans that the problem is about end, and
     `focus_starts` where they begin; `problem` is the problem's name; `ended` says that the last of `completion_ids` is
-    where the model is to stop.
+    where the model is to stop; `id` is the row's name; `line` is where it stands in the file that it was read from.
     """
 
     index: int
@@ -40,6 +39,13 @@ class Row:
     focus_starts: tuple[int, ...] = ()
     problem: str | None = None
     ended: bool = False
+    id: str | None = None
+    line: int | None = None
+
+    @property
+    def number(self) -> int:
+        """How people count the row: by its line, or else from 1."""
+        return self.index + 1 if self.line is None else self.line
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -54,150 +60,6 @@ class Row:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines file of prompt-completion rows.
-
-    Raises:
-        FileNotFoundError, ValueError: One sentence with the file and line that is wrong.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not a file; give a JSON Lines file of rows with 'prompt' and 'completion'."
-        )
-    rows = []
-    try:
-        # not splitlines(): JSON text may hold U+2028, which that takes for the end of a line
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            reason = getattr(error, "msg", error)
-            raise ValueError(f"{path}, line {number}: not JSON ({reason}); write one object a line.") from None
-        validate_row(row, f"{path}, line {number}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} holds no rows; write one object with 'prompt' and 'completion' a line.")
-    return rows
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _check_answer(messages: Sequence[Any], where: str) -> None:
-    if not any(message["content"] for message in messages):
-        raise ValueError(f"{where}: 'completion' is empty; there is nothing to repair towards.")
-    if len(messages) > 1:
-        # generation stops at the end of the first, and what comes between two turns is nothing to repair towards
-        raise ValueError(
-            f"{where}: 'completion' holds {len(messages)} messages, and a model generates one at a time; give each "
-            "assistant turn a row of its own, with the messages before it in 'prompt'."
-        )
-
-
-def _check_messages(messages: Sequence[Any], where: str, column: str) -> None:
-    if not messages:
-        raise ValueError(f"{where}: '{column}' has no messages.")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f"{where}: '{column}' holds {message!r}; a chat message has 'role' and 'content'.")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"{where}: a message's 'content' in '{column}' must be text.")
-
-
-def _spans(row: dict[str, Any]) -> list[str]:
-    """The spans of a valid row's `focus`; a missing value of a data set is None."""
-    focus = row.get("focus")
-    return [] if focus is None else [focus] if isinstance(focus, str) else list(focus)
-
-
-def _check_text(value: Any, what: str) -> None:
-    """Refuse halves of surrogate pairs, which JSON can hold and no tokenizer takes, in texts, messages and lists."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            bad = f"\\u{ord(value[error.start]):04x}"
-            raise ValueError(
-                f"{what} holds {bad}, half of a character; write the whole one or leave it out."
-            ) from None
-    elif isinstance(value, dict):
-        for item in value.values():
-            _check_text(item, what)
-    elif _is_chat(value):
-        for item in value:
-            _check_text(item, what)
-
-
-def _check_optional(row: dict[str, Any], where: str) -> None:
-    focus, problem, end = (row.get(column) for column in OPTIONAL)
-    if not isinstance(end, bool | None):
-        raise ValueError(f"{where}: 'end' is {end!r}; it must be true or false.")
-    if focus is not None:
-        spans = [focus] if isinstance(focus, str) else focus
-        if not isinstance(spans, (list, tuple)) or not all(isinstance(span, str) for span in spans):
-            raise ValueError(
-                f"{where}: 'focus' is {focus!r}; it must be a piece of the prompt's text, or a list of them."
-            )
-        if not spans or not all(span.strip() for span in spans):
-            raise ValueError(f"{where}: 'focus' is empty; give a piece of the prompt's text, or leave the column out.")
-    if problem is not None:
-        if not isinstance(problem, str):
-            raise ValueError(f"{where}: 'problem' is {type(problem).__name__}; it must be text.")
-        if not problem.strip():
-            raise ValueError(f"{where}: 'problem' is empty; give a name, or leave the column out.")
-
-
-def _check_focus(spans: Sequence[str], prompt: str, where: str) -> None:
-    for span in spans:
-        if span not in prompt:
-            raise ValueError(f"{where}: 'focus' {span!r} does not occur in the prompt.")
-
-
-def validate_row(row: Any, where: str) -> None:
-    """Check one row's columns and types.
-
-    Whether a span of `focus` occurs in chat messages is seen only where they are rendered, by [`encode_rows`].
-
-    Raises:
-        ValueError: One sentence that starts with `where`.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: found {type(row).__name__}; a row is an object with 'prompt' and 'completion'.")
-    missing = [column for column in COLUMNS if column not in row]
-    unknown = sorted(set(map(str, row)) - {*COLUMNS, *OPTIONAL})
-    if missing:
-        had = f" (it has {', '.join(map(repr, sorted(map(str, row))))})" if row else ""
-        raise ValueError(f"{where}: column {' and '.join(map(repr, missing))} is missing{had}.")
-    if unknown:
-        raise ValueError(f"{where}: unknown column {', '.join(map(repr, unknown))}; remove it or rename it.")
-    prompt, completion = row["prompt"], row["completion"]
-    for column, value in row.items():
-        _check_text(value, f"{where}: '{column}'")
-    _check_optional(row, where)
-    if _is_chat(prompt) != _is_chat(completion):
-        raise ValueError(f"{where}: 'prompt' and 'completion' must both be text or both be lists of chat messages.")
-    if _is_chat(prompt):
-        _check_messages(prompt, where, "prompt")
-        _check_messages(completion, where, "completion")
-        _check_answer(completion, where)
-        return
-    for column in COLUMNS:
-        if not isinstance(row[column], str):
-            raise ValueError(f"{where}: '{column}' is {type(row[column]).__name__}; it must be text.")
-    if not completion:
-        raise ValueError(f"{where}: 'completion' is empty; there is nothing to repair towards.")
-    if not prompt:
-        raise ValueError(f"{where}: 'prompt' is empty; generation needs at least one token to start from.")
-    _check_focus(_spans(row), prompt, where)
-
-
 def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | None = None, *, name: str = "row"):
     """Tokenise rows into exactly the tokens that generation would have to produce after the prompt's own tokens.
 
@@ -208,7 +70,7 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
 
     Args:
         rows: prompt-completion rows (dicts or a `datasets.Dataset`), with `focus` (a span of the prompt, or a list of
-            spans), `problem` (a name) and `end` (true or false) if they like.
+            spans), `problem` (a name), `end` (true or false) and `id` (text or a whole number) if they like.
         tokenizer: A transformers tokenizer.
         max_length: The model's context in tokens; None: unlimited.
         name: What a row is called in messages.
@@ -221,11 +83,11 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
     """
     encoded = []
     for index, row in enumerate(rows):
-        where = f"{name} {index}"
-        validate_row(row, where)
-        chat, spans = _is_chat(row["prompt"]), _spans(row)
+        place = where(rows, index, name)
+        validate_row(row, place)
+        chat, spans = is_chat(row["prompt"]), spans_of(row)
         if chat:
-            prompt, completion, prompt_ids, completion_ids, ended = _encode_chat(row, tokenizer, where)
+            prompt, completion, prompt_ids, completion_ids, ended = _encode_chat(row, tokenizer, place)
         else:
             prompt, completion, ended = row["prompt"], row["completion"], bool(row.get("end"))
             by_line = ended and "\n" in prompt and "\n" not in completion
@@ -236,18 +98,29 @@ def encode_rows(rows: Iterable[dict[str, Any]], tokenizer, max_length: int | Non
                 prompt_ids = prompt_ids[:-1]
             completion_ids = _completion_ids(prompt, completion, list(prompt_ids), tokenizer)
             if ended and not by_line:
-                completion_ids = [*completion_ids, _end_token(tokenizer, where)]
+                completion_ids = [*completion_ids, _end_token(tokenizer, place)]
                 completion += tokenizer.eos_token
         if not prompt_ids or not completion_ids:
             empty = "prompt" if not prompt_ids else "completion"
-            raise ValueError(f"{where}: the {empty} has no tokens; give it some text.")
-        _check_focus(spans, prompt, where)
+            raise ValueError(f"{place}: the {empty} has no tokens; give it some text.")
+        check_focus(spans, prompt, place)
         places = dict(sorted(_place(span, prompt, prompt_ids, tokenizer, special=not chat) for span in spans))
         ids = tuple(prompt_ids), tuple(completion_ids)
-        item = Row(index, prompt, completion, *ids, tuple(places), tuple(places.values()), row.get("problem"), ended)
+        item = Row(
+            index,
+            prompt,
+            completion,
+            *ids,
+            focus=tuple(places),
+            focus_starts=tuple(places.values()),
+            problem=row.get("problem"),
+            ended=ended,
+            id=None if row.get("id") is None else str(row["id"]),
+            line=number_of(rows, index),
+        )
         if max_length is not None and len(item) > max_length:
             raise ValueError(
-                f"{where}: {len(item)} tokens (prompt {len(prompt_ids)}, completion {len(completion_ids)}) exceed the "
+                f"{place}: {len(item)} tokens (prompt {len(prompt_ids)}, completion {len(completion_ids)}) exceed the "
                 f"model's context of {max_length}; shorten it."
             )
         encoded.append(item)

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # whether it is there is asked for
 
 
 def check_output(
@@ -267,9 +269,19 @@ def parse_json(text: str) -> Any:
         ValueError: It is no JSON, or cannot be read; one line.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Where a key is there twice, readers differ in which of them counts."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key[:40]!r} is there twice")
+        found[key] = value
+    return found
 
 
 def read_json(path: Path) -> Any:
@@ -295,3 +307,15 @@ def write_json(path: str | os.PathLike, content: Any, **style: Any) -> None:
 def bytes_of(directory: Path) -> int:
     """The size of all files in a directory and below."""
     return sum(path.stat().st_size for path in directory.expanduser().rglob("*") if path.is_file())
+
+
+def cache_dir() -> Path | None:
+    """Where what was found out about a model is kept: `$PEFT_STAR_CACHE`, by default `$HF_HOME/peft_star`.
+
+    Factors of large heads (8 d² bytes, 134 MB for d = 4096), what a model says by itself, and what that depends on.
+    Any of the files can be deleted at any time. None: none are kept, because `PEFT_STAR_CACHE` is empty or 0.
+    """
+    setting = os.environ.get("PEFT_STAR_CACHE")
+    if setting is None:
+        return Path(HF_HOME) / "peft_star"
+    return None if setting.strip() in ("", "0") else Path(setting).expanduser()

@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .files import read_json, recover
 from .models.names import own_keys
 from .models.structure import find_second_matrices, neuron_shape
-from .sharing.download import find_patch, first_sentence, hub_error, is_hub_failure, looks_like_path
+from .sharing.download import (
+    ANSWER_SECONDS,
+    find_patch,
+    first_sentence,
+    is_hub_failure,
+    looks_like_path,
+    reading_error,
+)
 from .sharing.patch_files import (
     CONFIG_NAME,
     REPORT_NAME,
@@ -96,7 +103,7 @@ def load_model(
         return _load_pretrained(str(path), str(model), kwargs)
     if looks_like_path(str(model)):
         raise FileNotFoundError(f"There is no model at {model}: no such file or directory.")
-    hub = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token}
     hub["local_files_only"] = not _ask_hub(str(model), **hub)
     return _load_pretrained(str(model), str(model), kwargs, hub)
 
@@ -179,14 +186,14 @@ def _ask_hub(model: str, revision: str | None, token: str | None) -> bool:
     and without a network each of them is retried for half a minute.
     """
     try:
-        files = {file.rfilename for file in HfApi(token=token).model_info(model, revision=revision).siblings or []}
+        info = HfApi(token=token).model_info(model, revision=revision, timeout=ANSWER_SECONDS)
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise hub_error(error, model, "model") from error
+        raise reading_error(error, model, "model") from error
     except Exception as error:
         if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
             return False
-        raise hub_error(error, model, "model") from error
-    if CONFIG_NAME in files:
+        raise reading_error(error, model, "model") from error
+    if CONFIG_NAME in {file.rfilename for file in info.siblings or []}:
         raise ValueError(f"{model} is an adapter, not a model; give its base model instead.")
     return True
 
@@ -201,7 +208,7 @@ def _load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except Exception as error:
         if not local and is_hub_failure(error):
-            raise hub_error(error, name, "model") from error
+            raise reading_error(error, name, "model") from error
         raise ValueError(f"{name} holds no tokenizer that can be read: {first_sentence(error)}") from error
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **kwargs, **hub)
@@ -209,7 +216,7 @@ def _load_pretrained(
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"{name} is not a causal language model.") from error
         if not local and is_hub_failure(error):
-            raise hub_error(error, name, "model") from error
+            raise reading_error(error, name, "model") from error
         raise ValueError(f"{name} could not be loaded: {first_sentence(error)}") from error
     model.eval()
     return model, tokenizer
@@ -237,7 +244,7 @@ def _load_gguf(path: Path, name: str, kwargs: dict[str, Any]) -> tuple[PreTraine
     return model, tokenizer
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def _forget_quantization(model: Any) -> None:
     """Drop what marks unpacked weights as quantised; `save_pretrained` refuses a model that still carries it."""
     for owner, attribute in (
         (model, "hf_quantizer"),
@@ -256,7 +263,7 @@ def check_fit(model: PreTrainedModel | PeftModel, directory: Path, name: str) ->
     Raises:
         ValueError: One sentence: the patch is none or damaged, does not fit, or lacks what its configuration names.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = dict(base.named_modules())
     patch = Patch.read(directory)
     for module in _named_modules(base, directory, name):

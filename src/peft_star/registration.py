@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 SUPPORTED_PEFT = ">=0.21,<0.22"
 _NAME = "STAR"
@@ -14,8 +15,9 @@ class _IncompatiblePeft(Exception):
 
 def _extend_peft_type() -> None:
     """Add the member `STAR` to the enum `PeftType`, as `register_peft_method` takes only names it finds there."""
-    from peft.utils.peft_types import PeftType
+    from peft.utils import peft_types
 
+    PeftType: Any = peft_types.PeftType
     if _NAME not in PeftType.__members__:
         member = str.__new__(PeftType, _NAME)
         member._name_ = _NAME
@@ -41,14 +43,15 @@ def _register_method() -> None:
 
     from .tuner import StarConfig, StarModel
 
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.STAR)
+    star = PeftType(_NAME)
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(star)
     if registered is None:
         register_peft_method(name="star", config_cls=StarConfig, model_cls=StarModel, prefix="star_")
     elif registered.__module__ == StarConfig.__module__:
         # imported again: keep the classes of the newest import, so that isinstance checks agree with what users see
-        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.STAR] = StarConfig
-        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.STAR] = StarModel
-        PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.STAR] = "star_"
+        PEFT_TYPE_TO_CONFIG_MAPPING[star] = StarConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[star] = StarModel
+        PEFT_TYPE_TO_PREFIX_MAPPING[star] = "star_"
     else:
         raise _IncompatiblePeft(f"PEFT already has a method called STAR, from {registered.__module__}")
 

@@ -15,12 +15,25 @@ SHOWN_TOKENS = 5  # of where a patch acts
 PROBLEM_COLUMNS = ("solved", "rows right", "related fixed", "related broken", "retained kept", "acts at")
 
 
+class Labels(dict[tuple[str, int], str]):
+    """What readers are shown of rows, by source and index."""
+
+    def __missing__(self, key: tuple[str, int]) -> str:
+        return str(key[1] + 1)
+
+
+def label_of(record: Any) -> str:
+    """What readers are shown of a record's row: its line or number, counted from 1, with its id."""
+    number = str(record.row + 1 if record.line is None else record.line)
+    return f"{number} ({record.id})" if record.id else number
+
+
 @dataclass
 class FailureRecord:
     """One failing token.
 
     Attributes:
-        row: Index of its row in the failures.
+        row: Index of its row in the failures, from 0.
         position: The medium token's position in the row's tokens; the expected token is at `position + 1`.
         context: The text right before the expected token.
         expected, before, after: The expected token and the model's argmax before and after, as text (`*_id`: ids).
@@ -50,7 +63,8 @@ class RowRecord:
     problem that the row names. `exact_*`: every completion token right teacher-forced. `generated_*`: the text of
     greedy generation, and `generation_exact_*` whether it equals the completion (None when not generated). `goes_on`:
     what the model says next, after a completion of the failures that it generates right now and that says nothing of
-    where it ends (None: not looked at).
+    where it ends (None: not looked at). `row` is the row's index, from 0; `line` is how people count it, from 1: its
+    line in the file that it was read from, or its number among the rows; `id` is what it is called elsewhere.
     """
 
     source: str
@@ -68,6 +82,13 @@ class RowRecord:
     generation_exact_after: bool | None = None
     problem: str | None = None
     goes_on: str | None = None
+    id: str | None = None
+    line: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The row for readers: its line or number, with its id."""
+        return label_of(self)
 
     @property
     def was_right(self) -> bool:
@@ -214,6 +235,8 @@ class RepairReport:
             those that broke are among `rows`.
         warnings: A sentence each about the patch as a whole.
         entry: The id of the repair's entry in the patch's ledger; "": it made none.
+        harm: What the patch does to texts that the model says by itself, as `evaluation.TextsHarm`; empty: not
+            measured.
     """
 
     failures: list[FailureRecord]
@@ -231,6 +254,7 @@ class RepairReport:
     earlier: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     entry: str = ""
+    harm: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_solved(self) -> int:
@@ -250,9 +274,19 @@ class RepairReport:
         """Every failure solved, every failing row right by every check made, and nothing broken that was retained or
         that an earlier repair holds. Related rows are only looked at."""
         repaired = all(row.is_right for row in self.rows if row.source == "failures")
-        retained = not any(token.source == "retain" for token in self.broken)
-        retained = retained and not any(row.broken for row in self.rows if row.source == "retain")
-        return repaired and retained and not self.interrupted
+        held = ("retain", "earlier")
+        retained = not any(item.source in held for item in self.broken)
+        retained = retained and not any(row.broken for row in self.rows if row.source in held)
+        return repaired and retained and not self.interrupted and not self.too_harmful
+
+    @property
+    def too_harmful(self) -> bool:
+        """Whether more of the model's own texts change than the run allowed."""
+        return self.harm.get("changed_share", 0.0) > self.arguments.get("max_harm", 1.0)
+
+    def labels(self) -> Labels:
+        """What readers are shown of each row, by source and index."""
+        return Labels({(row.source, row.row): row.label for row in self.rows})
 
     @property
     def tells_problems(self) -> bool:
@@ -290,6 +324,9 @@ class RepairReport:
             result["rows_generated_exact_after"] = sum(bool(row.generation_exact_after) for row in generated)
         if self.earlier:
             result["earlier_rows"], result["earlier_rows_broken"] = self.earlier["rows"], self.earlier["broken"]
+        if self.harm:
+            result["own_texts"] = self.harm["texts"]
+            result["own_texts_unchanged"] = self.harm["unchanged"]
         if related:
             result["related_rows"] = len(related)
             result["related_fixed"] = sum(row.is_right and not row.was_right for row in related)
@@ -301,8 +338,14 @@ class RepairReport:
         return {"summary": self.summary(), **asdict(self)}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the report as JSON; the file at `path` is replaced only when the new one is complete."""
-        write_json(path, self.to_dict())
+        """Write the report as JSON; the file at `path` is replaced only when the new one is complete.
+
+        Equal repairs write equal files: the seconds go beside it, into `x.times.json` of `x.json`.
+        """
+        content = self.to_dict()
+        content["summary"].pop("seconds")
+        write_json(_times_of(path), {"seconds": content.pop("seconds")})
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RepairReport:
@@ -314,8 +357,11 @@ class RepairReport:
         try:
             data = read_json(Path(path))
             known = {item.name for item in fields(cls)}
-            # reports of earlier versions know no problems
+            # reports of earlier versions know no problems, and hold their seconds themselves
             data = {"problems": [], **{key: value for key, value in data.items() if key in known}}
+            if "seconds" not in data:
+                times = _times_of(path)
+                data["seconds"] = read_json(times)["seconds"] if times.is_file() else {}
             for key, kind in (
                 ("failures", FailureRecord),
                 ("rows", RowRecord),
@@ -330,25 +376,32 @@ class RepairReport:
 
     def to_markdown(self, max_rows: int = 50) -> str:
         """The report as Markdown: summary, failing tokens, what broke, the patched layers."""
-        figures = self.summary()
+        figures, labels = self.summary(), self.labels()
         lines = [
             f"**{figures['solved']} of {figures['failures']} failing tokens solved**, "
             f"{figures['rows_exact_before']} → {figures['rows_exact_after']} of {figures['rows']} rows right, "
             f"{figures['tokens_broken']} tokens broken; {figures['layers']} layers, {figures['neurons']} neurons, "
-            f"{figures['steps']} steps, {figures['seconds']:.1f} s.",
+            f"{figures['steps']} steps.",
             "",
         ]
         if self.earlier:
             count, broken = self.earlier["rows"], self.earlier["broken"]
             lines += [f"The patch has earlier repairs: of {count} rows of theirs, {broken} broke.", ""]
+        if self.harm:
+            lines += [
+                f"{self.harm['unchanged']} of {self.harm['texts']} texts that the model says by itself come out "
+                f"unchanged; KL there {self.harm['kl']:.2g} nats a token.",
+                "",
+            ]
         if self.interrupted:
             lines += ["The run was interrupted; this is what was finished.", ""]
         if self.failures:
             lines += ["| row | context | expected | before | after | gap |", "| --- | --- | --- | --- | --- | --- |"]
             for item in self.failures[:max_rows]:
                 mark = "" if item.solved else " ✗"
+                label = escaped(labels["failures", item.row])
                 lines.append(
-                    f"| {item.row} | {code(item.context)} | {code(item.expected)} | {code(item.before)} | "
+                    f"| {label} | {code(item.context)} | {code(item.expected)} | {code(item.before)} | "
                     f"{code(item.after)}{mark} | {item.gap_before:+.3f} → {item.gap_after:+.3f} |"
                 )
             if len(self.failures) > max_rows:
@@ -357,7 +410,8 @@ class RepairReport:
         going_on = [row for row in self.rows if row.goes_on is not None]
         if going_on:
             lines += ["| row | completion | the model goes on with |", "| --- | --- | --- |"]
-            lines += [f"| {row.row} | {code(row.completion)} | {code(row.goes_on)} |" for row in going_on[:max_rows]]
+            for row in going_on[:max_rows]:
+                lines.append(f"| {escaped(row.label)} | {code(row.completion)} | {code(row.goes_on or '')} |")
             lines.append("")
         if self.tells_problems:
             heads = ("problem", *PROBLEM_COLUMNS)
@@ -367,17 +421,17 @@ class RepairReport:
                 lines.append(f"| {' | '.join((name, *problem.cells(), problem.places(code)))} |")
             lines.append("")
         told = [
-            (code(problem.name) + ": " if problem.name else "") + _escaped(text)
+            (code(problem.name) + ": " if problem.name else "") + escaped(text)
             for problem in self.problems
             for text in problem.warnings
         ]
-        told += map(_escaped, self.warnings)
+        told += map(escaped, self.warnings)
         lines += [*(f"- Warning: {text}" for text in told), ""] if told else []
         if self.broken:
             lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
             lines += [
-                f"| {token.source} | {token.row} | {code(token.context)} | {code(token.expected)} "
-                f"| {code(token.after)} |"
+                f"| {token.source} | {escaped(labels[token.source, token.row])} | {code(token.context)} "
+                f"| {code(token.expected)} | {code(token.after)} |"
                 for token in self.broken[:max_rows]
             ]
             lines.append("")
@@ -400,7 +454,7 @@ class RepairReport:
         matplotlib.use("Agg", force=False)
         from matplotlib import pyplot as plt
 
-        shown = self.failures[:40]
+        shown, labels = self.failures[:40], self.labels()
         height = max(3.0, 1.2 + 0.22 * max(len(shown), len(self.layers)))
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), width_ratios=(3, 2), layout="constrained")
         for number, item in enumerate(shown):
@@ -409,7 +463,8 @@ class RepairReport:
             left.scatter([item.gap_before], [number], color="tab:gray", s=18, zorder=2)
             left.scatter([item.gap_after], [number], color=color, s=18, zorder=2)
         left.axvline(0, color="black", linewidth=0.8)
-        left.set_yticks(range(len(shown)), [_label(f"{item.row}: {item.before} → {item.expected}") for item in shown])
+        texts = [_label(f"{labels['failures', item.row]}: {item.before} → {item.expected}") for item in shown]
+        left.set_yticks(range(len(shown)), texts)
         left.tick_params(axis="y", labelsize=7)
         left.invert_yaxis()
         left.set_xlabel("p(expected) − largest other probability: before (gray), after")
@@ -430,6 +485,11 @@ class RepairReport:
         plt.close(figure)
 
 
+def _times_of(path: str | os.PathLike) -> Path:
+    """Where the seconds of the report at `path` are kept."""
+    return Path(path).with_suffix(".times.json")
+
+
 def _checked(record: Any) -> Any:
     """A record whose simple values are of the types that its class names.
 
@@ -437,12 +497,13 @@ def _checked(record: Any) -> Any:
         TypeError: One is not.
     """
     for item in fields(record):
-        value, kinds = getattr(record, item.name), _KINDS.get(item.type)
+        value, kinds = getattr(record, item.name), _KINDS.get(str(item.type))
         if kinds and not isinstance(value, kinds):
             raise TypeError(f"{item.name} is {type(value).__name__}")
-    for name, seconds in getattr(record, "seconds", {}).items():
-        if not isinstance(seconds, (int, float)):
-            raise TypeError(f"the seconds of {name} are {type(seconds).__name__}")
+    for what in ("seconds", "harm"):
+        for name, value in getattr(record, what, {}).items():
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"the {what} of {name} are {type(value).__name__}")
     earlier = getattr(record, "earlier", {})
     if earlier and not all(isinstance(earlier.get(name), int) for name in ("rows", "right", "broken")):
         raise TypeError("what is said of earlier repairs is no counts")
@@ -455,10 +516,11 @@ def _checked(record: Any) -> Any:
 
 
 _NONE = type(None)
-_KINDS = {
+_KINDS: dict[str, Any] = {
     "int": int,
     "float": (int, float),
     "str": str,
+    "int | None": (int, _NONE),
     "bool": bool,
     "str | None": (str, _NONE),
     "bool | None": (bool, _NONE),
@@ -476,7 +538,7 @@ def code(text: str) -> str:
     return f"`{text}`" if text else "(none)"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A sentence on one line, whose characters mean nothing to Markdown."""
     return "".join(f"\\{char}" if char in "\\`*_[]<>|#~$" else char for char in " ".join(text.split()))
 

@@ -17,6 +17,8 @@ COMMANDS = [
     "inspect",
     "log",
     "check",
+    "report",
+    "compare",
     "evaluate",
     "diff",
     "revert",

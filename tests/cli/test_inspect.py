@@ -123,3 +123,12 @@ def test_reports_with_values_of_other_kinds_are_none(
     edit(copy / "repair_report.json", change)
     result = run("inspect", copy)
     assert result.code == 2 and is_one_sentence(result) and "is not a repair report" in result.err
+
+
+@pytest.mark.parametrize("times", [{"seconds": {"a": "b"}}, {"seconds": 3}, {}, []])
+def test_times_of_other_kinds_are_none(run: Run, patch: Path, tmp_path: Path, times: Any) -> None:
+    copy = tmp_path / "patch"
+    shutil.copytree(patch, copy)
+    (copy / "repair_report.times.json").write_text(json.dumps(times))
+    result = run("inspect", copy)
+    assert result.code == 2 and is_one_sentence(result) and "is not a repair report" in result.err

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_star import RepairArguments, RepairCallback, RepairReport, StarConfig, log
 from peft_star.cli import app as cli_app
+from peft_star.cli import main as cli_main
 from peft_star.cli import patches as cli_patches
 from peft_star.cli import repair as cli_repair
 from peft_star.cli.options import parse_amount
@@ -34,7 +35,7 @@ from support.command_line import SOLVABLE, Run, is_one_sentence, names
 def test_defaults_are_those_of_the_api() -> None:
     defaults = {name: item.default for name, item in inspect.signature(cli_repair.repair).parameters.items()}
     config, arguments = StarConfig(), RepairArguments()
-    assert parse_amount("--neurons", defaults["num_neurons"]) == config.num_neurons
+    assert parse_amount("--neurons", defaults["num_neurons"], "auto") == config.num_neurons
     assert cli_repair.parse_layers(defaults["layers"]) == {"num_layers": config.num_layers}
     assert config.layer_selection == "last"
     assert defaults["neuron_pattern"] == config.neuron_pattern
@@ -69,7 +70,7 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
         "--output -o --retain --related --neurons --layers --neuron-pattern --mode --algorithm --generalization "
         "--steps --lr --norm --margin --reach --no-generate --background --ridge --damping --growth "
         "--occlusion --max-rounds --max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
-        "--overwrite --json"
+        "--overwrite --resume --json"
     )
     assert names >= set(expected.split())
 
@@ -93,8 +94,8 @@ def test_options_set_what_they_name(command: Any, typed: str, settings: dict[str
     assert sorted(cli_repair.ARGUMENTS.words(arguments)) == sorted(typed.split())
 
 
-@pytest.mark.parametrize(("typed", "count"), [("--neurons 32", 32), ("--neurons 0.25", 0.25), ("", 64)])
-def test_neurons_are_a_number_or_a_share(command: Any, typed: str, count: int | float) -> None:
+@pytest.mark.parametrize(("typed", "count"), [("--neurons 32", 32), ("--neurons 0.25", 0.25), ("", "auto")])
+def test_neurons_are_a_number_or_a_share(command: Any, typed: str, count: int | float | str) -> None:
     values = command.make_context("repair", ["M", "F", "-o", "P", *typed.split()]).params
     config = cli_repair.CONFIG.read(values)
     assert (config["num_neurons"], type(config["num_neurons"])) == (count, type(count))
@@ -116,6 +117,7 @@ def test_repair_writes_a_patch_that_peft_loads(
         "repair_ledger.json",
         "repair_ledger.safetensors",
         "repair_report.json",
+        "repair_report.times.json",
         "report.png",
     ]
     assert names(target.parent) == ["patch"]
@@ -210,7 +212,9 @@ def test_repair_json_is_one_document(run: Run, tiny_dir: Path, failures: Path, t
     assert result.json["bytes"] > 0
     assert len(result.json["failures"]) == 3
     saved = json.loads((tmp_path / "patch" / "repair_report.json").read_text())
-    assert {key: result.json[key] for key in saved} == saved
+    told = result.json
+    assert told["summary"].pop("seconds") > 0  # kept in a file of its own
+    assert {key: told[key] for key in saved} == saved
 
 
 def test_json_from_a_shell_leaves_stdout_to_the_document(tiny_dir: Path, failures: Path, tmp_path: Path) -> None:
@@ -372,6 +376,11 @@ def test_bad_options_are_2_and_leave_nothing(
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "both be text or both be lists"),
         ('{"prompt": "a", "completion": "b", "focus": "c"}', "line 1: 'focus' 'c' does not occur in the prompt"),
         ('{"prompt": "a", "completion": "b", "problem": 1}', "line 1: 'problem' is int; it must be text"),
+        ('{"prompt": "a", "prompt": "c", "completion": "b"}', "line 1: not JSON (key 'prompt' is there twice)"),
+        (
+            '\n{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}',
+            "rows.jsonl, line 3: 'c' is wanted behind the same prompt as in",
+        ),
     ],
 )
 def test_bad_rows_are_2_before_any_model_is_loaded(run: Run, tmp_path: Path, text: str | None, message: str) -> None:
@@ -383,6 +392,41 @@ def test_bad_rows_are_2_before_any_model_is_loaded(run: Run, tmp_path: Path, tex
     assert is_one_sentence(result), result.err
     assert message in result.err
     assert not (tmp_path / "patch").exists()
+
+
+def test_a_retained_row_against_a_failure_is_2_before_any_model_is_loaded(
+    run: Run, failures: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    retain = write_rows("retain.jsonl", ("abc", "d"), ("xyz", "?"))
+    result = run("repair", "./no-model-is-needed", failures, "-o", tmp_path / "patch", "--retain", retain)
+    assert result.code == 2 and is_one_sentence(result)
+    assert f"{retain}, line 2: '?' has to stay behind the same prompt as in {failures}, line 2, where" in result.err
+
+
+def test_equal_repairs_write_equal_files_but_for_their_times(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path
+) -> None:
+    for target in ("one", "two"):
+        result = run("repair", tiny_dir, failures, "-o", tmp_path / target / "patch", *SOLVABLE)
+        assert result.code == 0 and "seconds" in result.err
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n / "patch").iterdir()} for n in ("one", "two"))
+    assert one.pop("repair_report.times.json") != two.pop("repair_report.times.json")
+    assert one == two and "repair_report.json" in one
+    shown = [run("inspect", tmp_path / target / "patch").err for target in ("one", "two")]
+    assert all("seconds" in text for text in shown)
+    (tmp_path / "one" / "patch" / "repair_report.times.json").unlink()
+    assert "seconds" not in run("inspect", tmp_path / "one" / "patch").err
+
+
+def test_rows_of_a_table_and_their_ids_go_through_to_the_report(run: Run, tiny_dir: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "failures.csv"
+    rows.write_text('id,prompt,completion,focus\nBUG-12,"a b",cd,a\n,xyz,!,\n')
+    result = run("repair", tiny_dir, rows, "-o", tmp_path / "patch", *SOLVABLE)
+    assert result.code == 0, result.err
+    report = RepairReport.load(tmp_path / "patch" / "repair_report.json")
+    assert [(row.id, row.line, row.row) for row in report.rows] == [("BUG-12", 2, 0), (None, 3, 1)]
+    assert "2 (BUG-12)" in result.err and "| 2 (BUG-12) |" in (tmp_path / "patch" / "README.md").read_text()
+    assert "2 (BUG-12)" in run("inspect", tmp_path / "patch").err
 
 
 def test_rows_that_do_not_fit_the_model(
@@ -532,6 +576,7 @@ def test_a_save_that_peft_refuses_keeps_patch_and_report(
         "repair_ledger.json",
         "repair_ledger.safetensors",
         "repair_report.json",
+        "repair_report.times.json",
     ]
     assert len(log(kept)) == 1
     assert RepairReport.load(kept / "repair_report.json").success
@@ -645,3 +690,41 @@ def test_ctrl_c_while_loading_writes_nothing(
     assert result.code == 130
     assert "nothing was written" in result.err
     assert names(tmp_path) == ["failures.jsonl"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_repair_goes_on_from_what_is_kept_beside_its_output(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    class KillAfterStep(RepairCallback):
+        def on_phase_begin(self, args: Any, state: Any) -> None:
+            if (tmp_path / ".patch.unfinished").is_file():
+                raise Killed
+
+    monkeypatch.setattr(cli_repair.Unfinished.__init__, "__defaults__", (False, 0.0))
+    command = ("repair", tiny_dir, failures, "-o", tmp_path / "patch", *SOLVABLE, "--mode", "single")
+    with monkeypatch.context() as context:
+        context.setattr(cli_repair, "progress", lambda as_json: nullcontext(KillAfterStep()))
+        with pytest.raises(Killed):
+            cli_main([str(word) for word in command])
+    assert names(tmp_path) == [".patch.unfinished", "failures.jsonl"]
+    result = run(*command, *(["--resume"] if resume else []))
+    assert result.code == 0
+    assert ("Went on where an earlier run stopped." in result.err) is resume
+    assert names(tmp_path) == ["failures.jsonl", "patch"]
+    again = run(*command, "--resume", "--overwrite", "--json")
+    assert again.code == 0 and again.json["resumed"] is False
+
+
+def test_memory_that_holds_no_row_is_one_sentence(
+    run: Run, tiny_dir: Path, failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("peft_star.method.repair.look_before", full)
+    result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--json")
+    assert result.code == 2 and is_one_sentence(result) and "Memory does not hold a single row" in result.err

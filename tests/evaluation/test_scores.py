@@ -90,7 +90,7 @@ def test_report_forms(patched, tokenizer, tmp_path):
     assert saved["rows"][1]["generated"]["text"] == "say(x, y)"
     text = result.to_markdown()
     assert "91.67% of the tokens right" in text and "`say(x, y]` | `say(x, y)`" in text
-    assert "| 0 |" not in text  # a row that is right
+    assert "| 2 | `say(x, y]`" in text and "| 1 |" not in text  # the latter is right
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_report_forms(patched, tokenizer, tmp_path):
     [
         ([], ValueError, "no row to work on"),
         (ROWS[0], TypeError, "must be a list"),
-        ([{"prompt": "a"}], ValueError, "row 0: column 'completion' is missing"),
+        ([{"prompt": "a"}], ValueError, "row 1: column 'completion' is missing"),
         ([{"prompt": "a" * 300, "completion": "b"}], ValueError, "exceed the model's context of 256"),
     ],
 )

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from peft_star.method.locate import locate, select_layers, select_neurons
+from peft_star import RepairArguments, repair
+from peft_star.method.locate import enough_neurons, locate, select_layers, select_neurons
 from peft_star.method.trace import trace
 from peft_star.tuner.layer import count_of
-from support.words import ROWS, running, star, word_tokenizer
+from support.words import LAYERS, QUIET, ROWS, running, star, word_tokenizer
 
 
 def test_patterns():
@@ -78,3 +79,22 @@ def test_model_wise_neurons_are_not_bound_to_the_chosen_layers():
     wanted = select_neurons(traced.scores(), 8, "model-wise")
     assert list(found) == list(wanted) and len(found) > 1
     assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    "failures, width, wanted", [(1, 1536, 64), (8, 1536, 64), (9, 1536, 72), (500, 1536, 1536), (1, 32, 32)]
+)
+def test_neurons_follow_the_load(failures, width, wanted):
+    assert enough_neurons(failures, {"a": torch.zeros(width), "b": torch.zeros(width + 1)}) == wanted
+
+
+def test_a_number_that_was_asked_for_is_kept():
+    tokenizer, counts, models = word_tokenizer(), {}, {}
+    for asked in (4, "auto"):
+        models[asked] = star(num_neurons=asked)
+        report = repair(models[asked], tokenizer, ROWS, RepairArguments(reach="prompt", **QUIET))
+        counts[asked] = {len(layer.neurons) for layer in report.layers}
+    width = models[4].base_model.model.get_submodule(LAYERS[0]).in_features
+    assert counts == {4: {4}, "auto": {width}} and width < 64
+    config = models["auto"].peft_config["default"]
+    assert config.num_neurons == "auto" and set(config.neurons_per_module.values()) == {width}

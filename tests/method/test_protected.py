@@ -187,7 +187,7 @@ def scripted(states, monkeypatch, learning_rate=1.0):
     journal = SimpleNamespace(step=lambda step, solved, loss: steps.append(delta.detach().clone()))
     with keeping_best([delta], goal.task, before, journal) as best:
         layer = HeldLayer("layer", delta, torch.tensor([0]))
-        protected.patch(run, goal, [layer], Protection([None]), traced, best)
+        protected.patch(run, goal, [layer], Protection([None], [None]), traced, best)
     return best.predictions, delta.detach(), steps
 
 
@@ -301,7 +301,8 @@ def test_a_retained_row_that_contradicts_a_failure_is_reported(tokenizer):
     ids = tokenizer(ROWS[1]["prompt"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         said = base(input_ids=ids).logits[0, -1].argmax()
-    retained = [{"prompt": ROWS[1]["prompt"], "completion": f" {tokenizer.decode(said)}"}]
+    # another text of the same tokens, or it would be refused
+    retained = [{"prompt": ROWS[1]["prompt"].replace(" ", "  "), "completion": f" {tokenizer.decode(said)}"}]
     report = repair(star(), tokenizer, ROWS[1:], RepairArguments(max_steps=3, **QUICK), retain=retained)
     assert not report.success and report.steps == 3
     # failures come first

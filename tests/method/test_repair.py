@@ -133,7 +133,7 @@ def test_the_report_shows_what_the_model_goes_on_to_say(tokenizer):
     completion = tokenizer(ROWS[1]["completion"])["input_ids"]
     behind = greedy(model, tokenizer, ROWS[1]["prompt"], len(completion) + 16)[len(completion) :]
     assert len(behind) > 1 and said == [None, tokenizer.decode(behind), None]
-    assert f"| 1 | ` w40` | `{said[1]}` |" in report.to_markdown()
+    assert f"| 2 | ` w40` | `{said[1]}` |" in report.to_markdown()
     # as far as the model's context goes (64 tokens here), and not of what was not generated right
     longest = {"prompt": " ".join(["w7 w8"] * 31), "completion": " w40"}
     report = repair(star(), tokenizer, [longest], RepairArguments(**QUIET))
@@ -439,6 +439,14 @@ def test_bad_related_rows_change_nothing(tokenizer):
         with pytest.raises(error, match="related"):
             repair(model, tokenizer, ROWS, RepairArguments(**QUIET), related=related)
     assert not any(value.any() for name, value in model.named_parameters() if "star_delta" in name)
+
+
+def test_contradictions_are_found_before_any_work(tokenizer, monkeypatch):
+    monkeypatch.setattr("peft_star.method.repair.look_before", lambda *args: 1 / 0)
+    other = {**ROWS[0], "completion": " w22"}
+    for rows, retain in (([*ROWS, other], None), (ROWS, [RETAIN[0], other])):
+        with pytest.raises(ValueError, match="(failures row 3|retain row 2): ' w22' .*failures row 1, "):
+            repair(star(), tokenizer, iter(rows), RepairArguments(**QUIET), retain=retain)
 
 
 def test_bf16_models(tokenizer):

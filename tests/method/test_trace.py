@@ -11,7 +11,7 @@ from peft_star.engine.engine import Engine
 from peft_star.engine.passes import teacher_forced
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import Row
-from peft_star.method.trace import Probe, trace
+from peft_star.method.trace import LayerTrace, Probe, trace
 from peft_star.models import structure
 from support.rows import (
     contexts_by_hand,
@@ -94,6 +94,10 @@ def test_sequences_that_would_take_too_much_memory_are_not_kept(monkeypatch):
     layer = next(iter(found.layers.values()))
     assert layer.inputs is None and layer.gradient(torch.tensor([0])) is None
     assert layer.squares is not None
+
+
+def test_the_gradient_of_a_process_without_a_batch_is_zero():
+    assert torch.equal(LayerTrace().gradient(torch.tensor([0, 2])).expand(2, 3), torch.zeros(2, 3))
 
 
 def test_a_tie_that_goes_the_right_way_is_no_failure():

@@ -434,6 +434,36 @@ finally:
     assert value == ["OSError", "The Hub could not be reached to push to me/new."]
 
 
+@pytest.mark.parametrize("endpoint", ["down", "silent"])
+def test_a_patch_that_was_downloaded_needs_no_hub(
+    client: Client, hub: Hub, local: Callable[..., Path], endpoint: str
+) -> None:
+    hub.repos["me/kept"] = Repo()
+    hub.repos["me/kept"].files().update({path.name: path.read_bytes() for path in local().iterdir()})
+    value = client.python(
+        f"""
+import socket, time
+from huggingface_hub import constants
+from peft_star.sharing import download
+value, kept, seconds = [str(download.find_patch("me/kept"))], constants.ENDPOINT, download.ANSWER_SECONDS
+listening = socket.create_server(("127.0.0.1", 0))  # it answers nobody
+port = 9 if {endpoint!r} == "down" else listening.getsockname()[1]
+constants.ENDPOINT, download.ANSWER_SECONDS, start = f"http://127.0.0.1:{{port}}", 0.3, time.monotonic()
+try:
+    value.append(str(download.find_patch("me/kept")))
+    download.find_patch("me/nothing")
+except OSError as error:
+    value += [str(error), time.monotonic() - start]
+finally:
+    constants.ENDPOINT, download.ANSWER_SECONDS = kept, seconds
+    listening.close()
+"""
+    )
+    assert value[0] == value[1] and "kept" in value[0]
+    assert value[2] == "There is no local patch me/nothing, and the Hub could not be reached."
+    assert value[3] < 5
+
+
 # model.push_to_hub
 
 
@@ -452,7 +482,7 @@ def test_push_to_hub_keeps_our_card(hub: Hub, client: Client, base: str, pushed:
         PUSH
         + f"""
 from peft_star import RepairReport
-from peft_star.sharing.hub import remember_report
+from peft_star.tuner.patches import remember_report
 model = PeftModel.from_pretrained(base(), {str(pushed)!r})
 remember_report(model, "default", RepairReport.load({str(pushed / "repair_report.json")!r}))
 model.push_to_hub("me/api", tags=["mine"], private=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 SOLVABLE = ("--lr", "0.05", "--neurons", "32", "--steps", "200")  # random weights need larger steps than real ones
 
 
@@ -36,3 +38,10 @@ def is_one_sentence(result: Result) -> bool:
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def run_here(main: Callable[[list[str]], None], *args: object) -> int:
+    """The exit code of a command in this process."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    return exit_.value.code if isinstance(exit_.value.code, int) else 0

@@ -1,7 +1,7 @@
 """A small Hub on loopback, for the real client: repositories with branches and commits, tokens, private repositories.
 
-It knows three tokens: "hf_writer" may do everything in the namespace "me", "hf_reader" may read all, and anything else
-is nobody. It answers as the real one does where the client cares (status codes and `X-Error-Code`).
+It knows three tokens: "hf_writer" may do everything in the namespaces "me" and "you", "hf_reader" may read all, and
+anything else is nobody. It answers as the real one does where the client cares (status codes and `X-Error-Code`).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
     def check_write(self, name: str) -> None:
         if self.token not in (WRITER, READER):
             raise Refusal(401, "Invalid username or password.", "")
-        if self.token == READER or not name.startswith("me/"):
+        if self.token == READER or not name.startswith(("me/", "you/")):
             raise Refusal(403, "You don't have the rights to write to this repository", "")
 
     def files(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:

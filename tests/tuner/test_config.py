@@ -16,7 +16,7 @@ from peft_star import StarConfig
 def test_defaults():
     config = StarConfig()
     assert config.peft_type is PeftType.STAR
-    assert (config.num_neurons, config.num_layers) == (64, 0.25)
+    assert (config.num_neurons, config.num_layers) == ("auto", 0.25)
     assert (config.layer_selection, config.neuron_pattern) == ("last", "layer-wise")
     assert config.init_weights is True
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
@@ -167,3 +167,10 @@ def test_a_strangers_pattern_is_never_run_before_it_is_looked_at(tmp_path, field
 def test_modules_to_save_are_names(value):
     with pytest.raises(TypeError, match="`modules_to_save` should be a list of names"):
         StarConfig(modules_to_save=value)
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_modules_are_named_by_text(name):
+    settings = {"layers_to_transform": [0]} if name == "layers_pattern" else {}
+    with pytest.raises(TypeError, match=f"`{name}` should be a list of names of modules or a pattern"):
+        StarConfig(**{name: ["down_proj", None], **settings})

@@ -262,10 +262,10 @@ def test_the_old_report_goes_and_the_fingerprint_comes(tmp_path):
     model = model_with(default=A)
     config["base_fingerprint"] = peft_star.fingerprint(tiny_llama(seed=3))
     path.write_text(json.dumps(config))
-    model.base_model.repair_reports = {"default": object()}
+    model.peft_config["default"].repaired = object()
     with pytest.warns(UserWarning, match="was solved for other weights"):
         swap_patch(model, directory)
-    assert model.base_model.repair_reports == {}
+    assert model.peft_config["default"].repaired is None
     assert model.peft_config["default"].base_fingerprint == config["base_fingerprint"]
 
 

@@ -6,6 +6,8 @@ from . import (  # noqa: I001
     inspect,  # noqa: F401
     log,  # noqa: F401
     check,  # noqa: F401
+    report,  # noqa: F401
+    compare,  # noqa: F401
     evaluate,  # noqa: F401
     diff,  # noqa: F401
     revert,  # noqa: F401

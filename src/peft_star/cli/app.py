@@ -35,6 +35,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a local d
 Patch = Annotated[str, typer.Argument(metavar="PATCH", help="A patch's directory, or its Hub id.")]
 PatchOutput = Annotated[Path, typer.Option("--output", "-o", metavar="PATCH", help="Directory for the patch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run of the same repair was stopped or killed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds, once the new is complete.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Where to load MODEL: auto, cuda, cpu ...", show_default="cpu")]
@@ -78,7 +79,7 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., No
                 run(*args, **kwargs)
             except BrokenPipeError:
                 raise  # whoever read our output went away
-            except (ValueError, OSError, ImportError) as error:
+            except (ValueError, OSError, ImportError, MemoryError) as error:
                 if os.environ.get("PEFT_STAR_DEBUG"):
                     raise
                 fail(" ".join(str(error).split()) or type(error).__name__)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers.utils import logging
 from .. import RepairArguments, RepairCallback, RepairReport, RepairState
 from ..engine.distributed import is_main_process
 from ..report import PROBLEM_COLUMNS
+from ..text import harmless, one_line
 
 SHOWN_ROWS = 20
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the direction of a text
 
 
 def is_main() -> bool:
@@ -115,13 +114,14 @@ def progress(as_json: bool) -> Iterator[RepairCallback]:
 
 def print_report(report: RepairReport, console: Console, layers: bool = True) -> None:
     """The report as tables: failing tokens before and after, the problems, what broke, the totals."""
+    labels = report.labels()
     if report.failures:
         table = Table(
             "row", "context", "expected", "before", "after", "", title="Failing tokens", title_justify="left"
         )
         for item in report.failures[:SHOWN_ROWS]:
             table.add_row(
-                str(item.row),
+                visible(labels["failures", item.row]),
                 visible(item.context),
                 visible(item.expected),
                 visible(item.before),
@@ -137,7 +137,7 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     if going_on:
         table = Table("row", "completion", "goes on with", title="Behind the completions", title_justify="left")
         for row in going_on[:SHOWN_ROWS]:
-            table.add_row(str(row.row), visible(row.completion), visible(row.goes_on))
+            table.add_row(visible(row.label), visible(row.completion), visible(row.goes_on or ""))
         console.print(table)
         if len(going_on) > SHOWN_ROWS:
             console.print(f"... and {len(going_on) - SHOWN_ROWS} more, in the report.")
@@ -156,10 +156,9 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         console.print(f"[yellow]Warning:[/] {visible(text)}", soft_wrap=True)
     if report.broken:
         table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
-        for item in report.broken[:SHOWN_ROWS]:
-            table.add_row(
-                visible(item.source), str(item.row), visible(item.context), visible(item.expected), visible(item.after)
-            )
+        for token in report.broken[:SHOWN_ROWS]:
+            label = labels[token.source, token.row]
+            table.add_row(*map(visible, (token.source, label, token.context, token.expected, token.after)))
         console.print(table)
     figures = report.summary()
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -185,7 +184,8 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         table.add_row("entry", visible(report.entry))
     phases = ", ".join(f"{visible(name)} {seconds:.1f}" for name, seconds in report.seconds.items())
     table.add_row("steps", str(figures["steps"]))
-    table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
+    if phases:
+        table.add_row("seconds", f"{figures['seconds']:.1f} ({phases})")
     console.print(table)
     if report.interrupted:
         console.print("[yellow]The repair was interrupted before it was done.[/]")
@@ -193,25 +193,13 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
 
 def escape(text: str) -> str:
     """A text of any origin as a terminal may be given it, without markup and without characters that move or turn what
-    is written, by which a stranger's patch could hide what it is. Line ends and tabs stay."""
-    return markup.escape("".join(_code_point(char) if _moves(char) else char for char in text))
-
-
-def _moves(char: str) -> bool:
-    return char not in "\n\t" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _DIRECTIONS)
-
-
-def _code_point(char: str) -> str:
-    number = ord(char)
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+    is written. Line ends and tabs stay."""
+    return markup.escape(harmless(text))
 
 
 def visible(text: str) -> str:
     """A piece of text on one line, its line ends and the spaces around it shown."""
-    inner = text.strip(" ")
-    start = len(text) - len(text.lstrip(" "))
-    text = "·" * start + inner + "·" * (len(text) - start - len(inner))
-    return escape(text.replace("\n", "\\n").replace("\t", "\\t") or "(none)")
+    return markup.escape(one_line(text))
 
 
 def format_size(count: int) -> str:

@@ -91,8 +91,8 @@ def run_demo(output: Path, *, overwrite: bool = False, as_json: bool = False) ->
     del model, base
     with status(f"Loading {MODEL_NAME} again, and the patch", as_json), quiet():
         base, tokenizer = load_model(path)
-        model = load_patch(base, output)
-        reloaded = [first_line(model, tokenizer, row["prompt"]) for row in failures]
+        again = load_patch(base, output)
+        reloaded = [first_line(again, tokenizer, row["prompt"]) for row in failures]
     same = reloaded == after
     console.print("It says the same." if same else "[bold red]It says something else.[/]")
     console.print("\nTo load it anywhere:\n")

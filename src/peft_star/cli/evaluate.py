@@ -46,7 +46,12 @@ METRICS = {
 @command(cls=SpreadCommand)
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help='One {"prompt": ..., "completion": ...} a line.')],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.jsonl", help='One {"prompt": ..., "completion": ...} a line; .csv and .parquet go, too.'
+        ),
+    ],
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="PATCH ...", help="Patches to evaluate, all on the model at once."),
@@ -177,13 +182,13 @@ def _costs(patch: FoundPatch) -> dict[str, Any]:
     if not path.is_file():
         return {"patch": patch.name, "failures": None, "solved": None, "seconds": None, "seconds_per_failure": None}
     report = RepairReport.load(path)
-    seconds, count = sum(report.seconds.values()), len(report.failures)
+    seconds, count = sum(report.seconds.values()) or None, len(report.failures)
     return {
         "patch": patch.name,
         "failures": count,
         "solved": report.num_solved,
         "seconds": seconds,
-        "seconds_per_failure": seconds / count if count else None,
+        "seconds_per_failure": seconds / count if seconds and count else None,
     }
 
 
@@ -235,7 +240,7 @@ def _print(
         ):
             table.add_row(label, f"{part} of {whole} ({share:.2%})")
         table.add_row("rows fixed, broken", f"{len(comparison.rows_fixed)}, {len(comparison.rows_broken)}")
-        if comparison.generations_fixed is not None:
+        if comparison.generations_fixed is not None and comparison.generations_broken is not None:
             fixed, broken = len(comparison.generations_fixed), len(comparison.generations_broken)
             table.add_row("generations fixed, broken", f"{fixed}, {broken}")
         console.print(table)

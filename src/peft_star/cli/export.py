@@ -61,7 +61,7 @@ def export(
         check_patch_output(output, overwrite, inputs=(directory,))
         with status("Exporting", as_json), quiet():
             patch_to_lora(directory, output, overwrite=overwrite)
-            written = {"rank": PeftConfig.from_pretrained(output.expanduser()).r}
+            written = {"rank": PeftConfig.from_pretrained(str(output.expanduser())).r}
         size = bytes_of(output)
     if not as_json:
         stderr_console().print(

@@ -8,9 +8,16 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+
+AMOUNT_OR_AUTO = int | float | Literal["auto"]
+
+
+def _is_amount(kind: Any) -> bool:
+    return kind in (int | float, AMOUNT_OR_AUTO)
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,8 @@ class Option:
     Attributes:
         field: The field's name.
         name: The option as it is typed, such as `--lr`. Of a switch that is on by default, it is what turns it off.
-        kind: The field's type. `int | float` is an amount (see [`parse_amount`]); of lists and tuples, the option is
-            repeated for each item.
+        kind: The field's type. `int | float`, maybe "auto", is an amount (see [`parse_amount`]); of lists and tuples,
+            the option is repeated for each item.
         default: The field's default.
         help: The field's `metadata["help"]`.
     """
@@ -39,13 +46,14 @@ class Option:
 
     def parameter(self) -> inspect.Parameter:
         """The parameter that tells Typer of the option."""
-        kind, default = self.kind, self.default
-        if kind == int | float:
+        kind: Any = self.kind
+        default = self.default
+        if _is_amount(kind):
             kind, default = str, str(default)
         elif get_origin(kind) is Literal:
             kind = str  # whoever checks the field says more than Typer would
         elif get_origin(kind) in (list, tuple):
-            kind, default = list[get_args(kind)[0]], list(default)
+            kind, default = GenericAlias(list, get_args(kind)[:1]), list(default)
         elif self.turns_off:
             default = False
         return inspect.Parameter(
@@ -57,8 +65,8 @@ class Option:
 
     def read(self, value: Any) -> Any:
         """The field's value from what Typer has read."""
-        if self.kind == int | float:
-            return parse_amount(self.name, value)
+        if _is_amount(self.kind):
+            return parse_amount(self.name, value, "auto" if self.kind == AMOUNT_OR_AUTO else None)
         if self.turns_off:
             return not value
         return tuple(value) if get_origin(self.kind) is tuple else value
@@ -150,13 +158,16 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def parse_amount(option: str, text: str) -> int | float:
-    """A count ("64") or a share ("0.1")."""
+def parse_amount(option: str, text: str, word: str | None = None) -> int | float | str:
+    """A count ("64"), a share ("0.1") or the `word`, if there is one."""
+    if word is not None and text == word:
+        return text
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             value = kind(text)
             if value > 0 and (kind is int or value <= 1):
                 return value
     raise ValueError(
-        f"{option} is {text!r}; give a whole number of at least 1, or a share greater than 0 and up to 1.0."
+        f"{option} is {text!r}; give a whole number of at least 1, or a share greater than 0 and up to 1.0"
+        + (f", or {word}." if word else ".")
     )

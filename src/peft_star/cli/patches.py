@@ -106,7 +106,7 @@ def keep_patch(model: Any, report: RepairReport, path: Path) -> Path:
             directory = Path(tempfile.mkdtemp(prefix=f"{path.name[:100]}.kept-", dir=parent))
             write_adapter(directory, {}, tensors)
             config = copy.copy(model.peft_config["default"])
-            config.inference_mode, config.lora_twin = True, False
+            config.inference_mode, config.lora_twin, config.repaired = True, False, None
             ledger, config.ledger, config.ledger_sha256 = config.ledger, None, None
             config.save_pretrained(directory)  # in the place of the empty one
         except Exception:  # a full disk is one of safetensors' own kind

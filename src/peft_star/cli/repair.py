@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 from peft import get_peft_model
 
-from .. import RepairArguments, RepairInterrupted, StarConfig
+from .. import RepairArguments, RepairInterrupted, StarConfig, Unfinished
 from .. import repair as run_repair
 from ..engine.distributed import launched
 from ..failures import read_rows
 from ..loading import load_patch
+from ..row_checks import check_contradictions
 from ..sharing.card import short_name
 from ..sharing.hub import check_repo_id, check_token
 from ..sharing.patch_files import check_patch_output
@@ -27,6 +28,7 @@ from .app import (
     Overwrite,
     PatchOutput,
     Private,
+    Resume,
     Revision,
     Token,
     command,
@@ -58,7 +60,10 @@ DTYPE = "auto"
 def repair(
     model: Model,
     failures: Annotated[
-        Path, typer.Argument(metavar="FAILURES.jsonl", help='One {"prompt": ..., "completion": ...} a line.')
+        Path,
+        typer.Argument(
+            metavar="FAILURES.jsonl", help='One {"prompt": ..., "completion": ...} a line; .csv and .parquet go, too.'
+        ),
     ],
     output: PatchOutput,
     *,
@@ -95,6 +100,7 @@ def repair(
     ] = None,
     private: Private = False,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Find where MODEL fails, patch the neurons that cause it, verify, and save the patch.
@@ -111,12 +117,16 @@ def repair(
     check_patch_output(output, overwrite, inputs=(failures, retain, related, model, *sources))
     rows = read_rows(failures)
     others = {"retain": read_rows(retain) if retain else None, "related": read_rows(related) if related else None}
+    check_contradictions(rows, others["retain"] or ())
     if push_to_hub:
         check_repo_id(push_to_hub)
         check_token(token)
     elif private:
         raise ValueError("--private is about --push-to-hub, which is not given.")
 
+    target = output.expanduser().resolve()
+    unfinished = Unfinished(target.with_name(f".{target.name}.unfinished"), resume)
+    given: dict[str, Any] = {**others, "unfinished": unfinished}
     interrupted = False
     with launched() as device:
         place = {"device_map": device_map or device, "dtype": dtype}
@@ -128,7 +138,7 @@ def repair(
             _ask_for(patched.peft_config["default"], {**config, **selection})
         with progress(as_json) as callback, quiet():
             try:
-                report = run_repair(patched, tokenizer, rows, run_arguments, **others, callbacks=[callback])
+                report = run_repair(patched, tokenizer, rows, run_arguments, **given, callbacks=[callback])
             except RepairInterrupted as error:
                 report, interrupted = error.report, True
     if not is_main():
@@ -146,8 +156,15 @@ def repair(
     words += ["--revision", revision] if revision else []
     size = save_patch(patched, report, output, shlex.join(words), overwrite=overwrite)
 
+    if not interrupted:
+        unfinished.remove()
+
     result = {**report.to_dict(), "patch": str(output), "bytes": size, "pushed_to": None}
+    result["resumed"] = unfinished.resumed
     if not as_json:
+        if resume:
+            went_on = "Went on where an earlier run stopped." if unfinished.resumed else "Found nothing to go on from."
+            stderr_console().print(went_on)
         print_report(report, stderr_console())
         stderr_console().print(f"Patch saved to {escape(str(output))} ({format_size(size)}).", soft_wrap=True)
     if interrupted:

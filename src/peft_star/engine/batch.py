@@ -52,7 +52,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """What the model is to be called with. The mask (B, 1, T, T) of a packed batch is made anew each time."""
-        if self.segments is None:
+        if self.segments is None or self.dtype is None or self.position_ids is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         mask = prefix_mask(self.segments, self.dtype)
         return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
@@ -103,9 +103,12 @@ def _collate(
 ) -> Batch:
     """A batch of sequences, packed if they come with the `dtype` of their mask."""
     tensors = pad(packs, device)
-    if dtype is None:
-        del tensors["position_ids"], tensors["segments"]
-    items, rows, positions, expected, slots = [], [], [], [], []
+    packed = (None, None) if dtype is None else (tensors["position_ids"], tensors["segments"])
+    items: list[Row] = []
+    rows: list[int] = []
+    positions: list[int] = []
+    expected: list[int] = []
+    slots: list[int] = []
     for number, pack in enumerate(packs):
         items += pack.rows
         positions += pack.medium_positions()
@@ -113,6 +116,7 @@ def _collate(
             rows += [number] * len(row.completion_ids)
             expected += row.completion_ids
             slots += range(offsets[row.index], offsets[row.index] + len(row.completion_ids))
-    index = {"rows": rows, "positions": positions, "expected": expected, "slots": slots}
-    index = {name: torch.tensor(values, device=device) for name, values in index.items()}
-    return Batch(items, **tensors, **index, dtype=dtype)
+    tokens = tensors["input_ids"], tensors["attention_mask"]
+    at, places, wanted, numbers = (torch.tensor(part, device=device) for part in (rows, positions, expected, slots))
+    position_ids, segments = packed
+    return Batch(items, *tokens, at, places, wanted, numbers, position_ids, segments, dtype)

@@ -19,6 +19,8 @@ from accelerate.utils import gather_object, get_int_from_env, parse_flag_from_en
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..models.inputs import embeddings_of
+
 if TYPE_CHECKING:
     from ..failures import Row
     from .batch import Batch
@@ -95,7 +97,7 @@ class Team:
         # accelerate reads a launcher's variables; processes that were joined by other means it does not know
         if state.num_processes == distributed.get_world_size() and not spans_processes(model):
             self.size, self.rank, self._device = state.num_processes, state.process_index, state.device
-            self._dtype = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
+            self._dtype = torch.promote_types(embeddings_of(model).weight.dtype, torch.float32)
 
     def check_same(self, rows: Sequence[Any]) -> None:
         """Raises `ValueError`, in every process, when they were not given the same rows."""
@@ -112,7 +114,7 @@ class Team:
         """This process's part of the rows, long and short ones alike."""
         return sorted(rows, key=len)[self.rank :: self.size] if self.size > 1 else list(rows)
 
-    def limit(self, tokens: int, rows: Sequence[Sequence[int]]) -> int:
+    def limit(self, tokens: int, rows: Sequence[Row]) -> int:
         """The size of batches, at most `tokens`, with which each process gets one."""
         if self.size == 1 or not rows:
             return tokens
@@ -145,8 +147,9 @@ class Team:
             return tensor
         return reduce(tensor.to(self._device), "sum").to(tensor.device)
 
-    def place(self, own: torch.Tensor | None, places: torch.Tensor, size: int) -> torch.Tensor:
-        """One matrix (`size`, w) of all processes' rows: those of `own` (n, w) or None come to the `places` (n)."""
+    def place(self, own: torch.Tensor | None, places: torch.Tensor, size: int) -> torch.Tensor | None:
+        """One matrix (`size`, w) of all processes' rows: those of `own` (n, w) or None come to the `places` (n). None
+        where the only process has none."""
         if self.size == 1:
             return own
         width = max(self.gather(0 if own is None else own.shape[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +91,7 @@ def _groups(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
         yield group
 
 
-def _generate_group(model: nn.Module, tokenizer, group: Sequence[Row]) -> dict[int, tuple[int, ...]]:
+def _generate_group(model: Any, tokenizer, group: Sequence[Row]) -> dict[int, tuple[int, ...]]:
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
     width = max(len(row.prompt_ids) for row in group)

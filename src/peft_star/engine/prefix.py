@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ..failures import Row
-from ..models.inputs import evaluating, input_device, mask_dtype
+from ..models.inputs import embeddings_of, evaluating, input_device, mask_dtype, text_config
 from .packs import Pack, pad, prefix_mask
 
 # Attention of T tokens to T tokens takes 4 T² d operations, the matrices of a layer about 24 d² for each token: it
@@ -49,7 +50,7 @@ def pack_rows(rows: Sequence[Row], max_tokens: int, model: nn.Module) -> list[Pa
 
 
 def _group(rows: Sequence[Row], max_tokens: int, model: nn.Module) -> list[Pack]:
-    width = model.get_input_embeddings().weight.shape[-1]
+    width = embeddings_of(model).weight.shape[-1]
     longest_row, longest_pack = _limits(model)
     longest_pack = min(longest_pack, max_tokens, _MAX_LENGTH)
 
@@ -92,7 +93,7 @@ def _limits(model: nn.Module) -> tuple[int, int]:
     would hide a prefix that lies far in front, so packs must fit into it; and into the positions that there are, since
     some models keep tables of that size.
     """
-    config = model.config.get_text_config()
+    config = text_config(model)
     own = not type(_base(model)).__module__.startswith("transformers.")
     row, pack = _MAX_LENGTH, getattr(config, "max_position_embeddings", None) or _MAX_LENGTH
     for name, value in config.to_dict().items():
@@ -105,7 +106,7 @@ def _limits(model: nn.Module) -> tuple[int, int]:
     return row, pack
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -122,7 +123,7 @@ def can_pack(model: nn.Module) -> bool:
     Args:
         model: A causal LM; in training mode, it is put into evaluation mode for the time being.
     """
-    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    attention = getattr(text_config(model), "_attn_implementation", None)
     # flash attention might read out of bounds, after which a GPU cannot be used any more: not to be tried
     if attention not in ("eager", "sdpa") or "position_ids" not in inspect.signature(_base(model).forward).parameters:
         return False
@@ -141,10 +142,10 @@ def can_pack(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> bool:
-    vocabulary, device = model.get_input_embeddings().weight.shape[0], input_device(model)
+    vocabulary, device = embeddings_of(model).weight.shape[0], input_device(model)
     tokens = torch.randint(vocabulary, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     # many models round badly in a text that does not begin as all texts do
-    begin = getattr(model.config.get_text_config(), "bos_token_id", None)
+    begin = getattr(text_config(model), "bos_token_id", None)
     tokens[0] = begin if isinstance(begin, int) and begin < vocabulary else tokens[0]
     prefix, other, another, last = (tuple(tokens[i:j]) for i, j in ((0, 6), (6, 30), (30, 54), (54, 60)))
     row = Row(0, "", "", prefix, last)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..models.inputs import head_of
 from .batch import Batch
 
 
@@ -114,8 +115,15 @@ def skipped(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+class Places(Protocol):
+    """Where logits are asked for: N positions, and the sequences that they are in."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
 @contextmanager
-def head_reads(model: nn.Module, batch: Batch | None) -> Iterator[None]:
+def head_reads(model: nn.Module, batch: Places | None) -> Iterator[None]:
     """Let the LM head see only the batch's N representations, (1, N, d) instead of (B, T, d); without a batch, when
     no logits are asked for, one position.
 
@@ -129,7 +137,7 @@ def head_reads(model: nn.Module, batch: Batch | None) -> Iterator[None]:
         rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
         return (hidden[rows, positions].unsqueeze(0), *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    handle = head_of(model).register_forward_pre_hook(gather)
     try:
         yield
     finally:

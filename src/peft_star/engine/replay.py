@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from ..models.inputs import embeddings_of
 from .distributed import spans_processes
 
 # a recorded batch takes rows x tokens x hidden width x bytes of the data type
@@ -255,7 +256,7 @@ def replays_exactly(model: nn.Module, lowest: str, inputs: dict[str, torch.Tenso
 
 
 def _short_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    embeddings = model.get_input_embeddings().weight
+    embeddings = embeddings_of(model).weight
     # accelerate moves the inputs of offloaded modules itself
     device = "cpu" if embeddings.is_meta else embeddings.device
     input_ids = torch.arange(3, device=device)[None] % embeddings.shape[0]

@@ -8,6 +8,7 @@ out by trying; where it does not, rows are read whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..failures import Row
-from ..models.inputs import evaluating, input_device
+from ..models.inputs import embeddings_of, evaluating, input_device
 from .distributed import spans_processes
 from .recording import head_reads
 from .replay import Replay
@@ -69,11 +70,16 @@ class Tails:
                 past_key_values=cache,
                 use_cache=True,
             )
-        self._states = [(layer.keys, layer.values) for layer in cache.layers]
+        layers: Any = cache.layers  # those of a model that carries other states fail here, which the probe catches
+        self._states = [(layer.keys, layer.values) for layer in layers]
 
     def logits(self, model: nn.Module) -> torch.Tensor:
         """Logits (N, V) where they are asked for."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+        inputs: dict[str, Any] = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "use_cache": False,
+        }
         if self._states:
             cache = DynamicCache()  # a forward adds to the one it is given
             for index, (keys, values) in enumerate(self._states):
@@ -93,7 +99,7 @@ def _pad(ids: Sequence[Sequence[int]], device: torch.device, left: bool = False)
     return tokens.to(device), mask.to(device)
 
 
-_CAN_READ: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+_CAN_READ: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def can_read_tails(model: nn.Module, lowest: str) -> bool:
@@ -120,10 +126,11 @@ def can_read_tails(model: nn.Module, lowest: str) -> bool:
 
 @torch.no_grad()
 def _probe(model: nn.Module, lowest: str) -> bool:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embeddings_of(model).weight.shape[0]
     tokens = torch.randint(vocabulary, (16,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Row(0, "", "", tuple(tokens[:9]), tuple(tokens[9:12])), Row(1, "", "", tuple(tokens[5:12]), (tokens[12],))]
-    starts, changes = (5, 3), []
+    starts = (5, 3)
+    changes: list[int] = []
     reads = [range(start, len(row) - 1) for row, start in zip(rows, starts)]
 
     def change(module, args, kwargs):
@@ -150,5 +157,5 @@ def _probe(model: nn.Module, lowest: str) -> bool:
     scale = expected.std(dim=-1).mean()
     error = ((found - expected).square().mean().sqrt() / scale).item()
     moved = ((plain - expected).square().mean().sqrt() / scale).item()
-    rounding = torch.finfo(model.get_input_embeddings().weight.dtype).eps
+    rounding = torch.finfo(embeddings_of(model).weight.dtype).eps
     return replay.nbytes > 0 and (error <= _ERROR or error <= min(_ERROR_ROUNDINGS * rounding, moved / 4))

@@ -1,13 +1,15 @@
 """Evaluation: how good a model is on rows, and what a patch changes elsewhere (paper section 4, "Measures").
 
 [`evaluate`] has the metrics of RQ1, on teacher-forced predictions and on greedy generation, and [`compare`] what
-changed between two of them. [`gaps`] and [`side_effects`] have RQ3: generalization and specificity. [`TextProbe`] goes
-beyond the paper: it measures harm on text that has nothing to do with a repair.
+changed between two of them; [`side_by_side`] shows what is generated with a patch and without it. [`gaps`] and
+[`side_effects`] have RQ3: generalization and specificity. [`TextProbe`] goes beyond the paper: it measures harm on
+text that has nothing to do with a repair.
 """
 
 from ..files import write_json
 from .harm import Harm, TextProbe, harm
 from .scores import Comparison, Evaluation, RowEvaluation, compare, evaluate
+from .side_by_side import Pair, SideBySide, read_prompts, side_by_side
 from .side_effects import Gaps, SideEffects, gaps, side_effects
 from .text_metrics import MeanScores, TextScores
 
@@ -17,7 +19,9 @@ __all__ = [
     "Gaps",
     "Harm",
     "MeanScores",
+    "Pair",
     "RowEvaluation",
+    "SideBySide",
     "SideEffects",
     "TextProbe",
     "TextScores",
@@ -25,6 +29,8 @@ __all__ = [
     "evaluate",
     "gaps",
     "harm",
+    "read_prompts",
+    "side_by_side",
     "side_effects",
     "write_json",
 ]

@@ -21,7 +21,7 @@ def encode(model: nn.Module, tokenizer, rows: Iterable[dict[str, Any] | Row]) ->
         raise TypeError("The rows must be a list (or a dataset) of objects with 'prompt' and 'completion'.")
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"{type(model).__name__} has no LM head; an evaluation needs a causal language model.")
-    rows = list(rows)
-    if rows and all(isinstance(row, Row) for row in rows):
-        return rows
-    return encode_rows(rows, tokenizer, context_length(model))
+    given: list[Any] = rows if isinstance(rows, list) else list(rows)
+    if given and all(isinstance(row, Row) for row in given):
+        return given
+    return encode_rows(given, tokenizer, context_length(model))

@@ -20,7 +20,7 @@ from ..engine.engine import Engine
 from ..failures import Row
 from ..files import write_json
 from ..models.inputs import evaluating, input_device
-from ..report import code
+from ..report import code, escaped, label_of
 from .rows import encode
 from .text_metrics import MeanScores, TextMetrics, TextScores
 
@@ -30,12 +30,13 @@ class RowEvaluation:
     """One row.
 
     Attributes:
-        row: Its index.
+        row: Its index, from 0.
         prompt, completion: Its texts.
         expected_ids: The completion's tokens.
         predicted_ids: The model's argmax for each of them, given the right tokens before it.
         log_likelihood: Log-probability of the completion, in nats.
         teacher_forced, generated: Scores of the argmax tokens' text, and of the greedy generation's (None: not run).
+        id, line: What it is called elsewhere, and how people count it; see [`~peft_star.report.RowRecord`].
     """
 
     row: int
@@ -46,6 +47,13 @@ class RowEvaluation:
     log_likelihood: float
     teacher_forced: TextScores
     generated: TextScores | None = None
+    id: str | None = None
+    line: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The row for readers: its line or number, with its id."""
+        return label_of(self)
 
     @property
     def right(self) -> list[bool]:
@@ -112,11 +120,11 @@ class Evaluation:
             "| | rows exactly right | edit similarity | BLEU | ROUGE-L |",
             "| --- | --- | --- | --- | --- |",
         ]
-        for name, scores in (("teacher-forced", self.teacher_forced), ("generated", self.generated)):
-            if scores:
+        for name, means in (("teacher-forced", self.teacher_forced), ("generated", self.generated)):
+            if means:
                 lines.append(
-                    f"| {name} | {scores.exact:.2%} | {scores.edit_similarity:.4f} | {scores.bleu:.4f} | "
-                    f"{scores.rouge_l:.4f} |"
+                    f"| {name} | {means.exact:.2%} | {means.edit_similarity:.4f} | {means.bleu:.4f} | "
+                    f"{means.rouge_l:.4f} |"
                 )
         lines.append("")
         wrong = [row for row in self.rows if not (row.generated or row.teacher_forced).exact]
@@ -124,9 +132,8 @@ class Evaluation:
             lines += ["| row | expected | said | edit similarity |", "| --- | --- | --- | --- |"]
             for row in wrong[:max_rows]:
                 scores = row.generated or row.teacher_forced
-                lines.append(
-                    f"| {row.row} | {code(row.completion)} | {code(scores.text)} | {scores.edit_similarity:.3f} |"
-                )
+                cells = escaped(row.label), code(row.completion), code(scores.text), f"{scores.edit_similarity:.3f}"
+                lines.append(f"| {' | '.join(cells)} |")
             if len(wrong) > max_rows:
                 lines.append(f"| … | {len(wrong) - max_rows} more | | |")
             lines.append("")
@@ -188,7 +195,7 @@ class Comparison:
             f"| right tokens broken | {self.broken} / {self.right} ({self.broken_share:.2%}) |",
             f"| rows fixed, broken | {len(self.rows_fixed)}, {len(self.rows_broken)} |",
         ]
-        if self.generations_fixed is not None:
+        if self.generations_fixed is not None and self.generations_broken is not None:
             lines.append(
                 f"| generations fixed, broken | {len(self.generations_fixed)}, {len(self.generations_broken)} |"
             )
@@ -259,6 +266,8 @@ def evaluate(
             log_likelihood=part.sum().item(),
             teacher_forced=forced[number],
             generated=None if said is None else said[number],
+            id=row.id,
+            line=row.number,
         )
         for number, (row, part) in enumerate(zip(items, log_p.split(lengths)))
     ]

@@ -165,7 +165,7 @@ def gaps(
         raise ValueError("Two rows have the same index; encode them together.")
     expected = torch.tensor([token for item in items for token in item.completion_ids])
     known = None if before is None else _known_rivals(before, slot_of, expected)
-    positions = None if positions is None else [tuple(key) for key in positions]
+    positions = None if positions is None else [(row, position) for row, position in positions]
     stray = next((key for key in positions or () if key not in slot_of), None)
     if stray is not None:
         raise ValueError(f"Position {stray[1]} of row {stray[0]} has no completion token behind it.")

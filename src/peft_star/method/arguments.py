@@ -72,6 +72,10 @@ class RepairArguments:
             `"exact"` runs one forward pass per layer with that layer skipped (paper section 3.1).
         max_rounds (`int`): In `"single"` mode, how often failures that a later patch undid are taken up again.
         max_batch_tokens (`int`): Tokens (padding included) of one forward-backward.
+        max_harm (`float`): The acceptance gate: the share of texts that the model says by itself, on prompts of prose,
+            code and chat that come with the package, that may come out changed. A repair that changes more starts
+            again without reaching beyond its rows, and then without the rows that cost most, which are reported. 1:
+            as many as it takes. Without `background` nothing is measured.
         verify_generation (`bool`): Also generate greedily before and after, and compare with the completions.
         keep_earlier (`bool`): What earlier repairs of the patch have solved or retained must stay right: their rows,
             from the patch's ledger, are treated like retained ones.
@@ -162,6 +166,15 @@ class RepairArguments:
     max_batch_tokens: int = field(
         default=2048, metadata={"help": "Tokens (padding included) of one forward-backward."}
     )
+    max_harm: float = field(
+        default=0.5,
+        metadata={
+            "help": (
+                "The share of the model's own texts that may come out changed; rows that would change more are left "
+                "out. 1: as many as it takes."
+            )
+        },
+    )
     verify_generation: bool = field(
         default=True,
         metadata={
@@ -190,6 +203,7 @@ class RepairArguments:
         _finite("damping", self.damping, above=0, at_most=1)
         _finite("growth", self.growth, at_least=1)
         _finite("generalization", self.generalization, at_least=0)
+        _finite("max_harm", self.max_harm, at_least=0, at_most=1)
         _finite("ridge", self.ridge, at_least=0)
         _finite("margin", self.margin, at_least=0, below=1)
         for name in ("max_steps", "max_rounds", "max_batch_tokens"):

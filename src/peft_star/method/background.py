@@ -51,8 +51,9 @@ def background_activations(
     """
     model, team = engine.model, engine.team
     known = _CACHE.setdefault(model, {})
-    key = (tokens,) if team.size == 1 else (tokens, team.rank, team.size)
-    missing = {name: ffn for name, ffn in ffns.items() if (name, *key) not in known}
+    part = (tokens,) if team.size == 1 else (tokens, team.rank, team.size)
+    keys = {name: (name, *part) for name in ffns}
+    missing = {name: ffn for name, ffn in ffns.items() if keys[name] not in known}
     if missing:
         # `truncation` only keeps a tokenizer from warning of a text that no model call will see whole
         ids = tokenizer(
@@ -66,14 +67,14 @@ def background_activations(
                     progress(1)
         for name, parts in found.items():
             if parts:
-                known[(name, *key)] = torch.cat(parts)
-    return {name: known[(name, *key)] for name in ffns if (name, *key) in known}
+                known[keys[name]] = torch.cat(parts)
+    return {name: known[key] for name, key in keys.items() if key in known}
 
 
 def moment_factor(*groups: torch.Tensor, team: Team = ALONE) -> torch.Tensor:
     """Lower Cholesky factor L (k, k), float64, of C + ε I = L Lᵀ, with C the sum of the second moments of some groups
     of activations (N, k), of each of which this process holds its part; N may be 0."""
-    moment = 0.0
+    moment = torch.zeros(())
     for group in groups:
         b = group.double()
         moment = moment + team.sum(b.T @ b) / max(1, team.total(len(b)))

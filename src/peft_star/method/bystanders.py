@@ -71,8 +71,8 @@ class Bystanders:
             rows, positions = rows[::step], positions[::step]
             slots = torch.arange(start, start + len(rows), device=rows.device)
             start += len(rows)
-            at = {"rows": rows, "positions": positions, "expected": torch.zeros_like(rows), "slots": slots}
-            reading[replace(batch, **at)] = batch
+            read = replace(batch, rows=rows, positions=positions, expected=torch.zeros_like(rows), slots=slots)
+            reading[read] = batch
         found = {name: [torch.zeros(0, len(chosen), device=chosen.device)] for name, chosen in neurons.items()}
         heard = Predictions.empty(start)
         for reader in engine.team.share(list(reading)):

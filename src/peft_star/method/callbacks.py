@@ -89,17 +89,27 @@ class Journal:
         acts: Where the patch acts, for the report: dicts of a failures' `row` (its index), `how` ("focus", "found
             focus" or "failing position"), the `tokens` (positions in the row's tokens) and the `layers` (module
             names).
+        costs: By slot of a failing token an estimate of how far its push moves other text, see `protected.py`.
         warnings: What a reader should know of a failures' row: its index, and a sentence.
     """
 
     def __init__(self, args: RepairArguments, callbacks: Sequence[RepairCallback] | None):
         self.args, self.state = args, RepairState(max_steps=args.max_steps)
-        self.steps, self.solved_before, self.occlusion = 0, 0, {}
+        self.steps, self.solved_before = 0, 0
+        self.occlusion: dict[str, Any] = {}
         self.acts: list[dict[str, Any]] = []
+        self.costs: dict[int, float] = {}
         self.warnings: list[tuple[int, str]] = []
         self.callbacks = list(callbacks or ())
         if not args.disable_tqdm and is_main_process():
             self.callbacks.append(ProgressCallback())
+
+    def begin_again(self) -> None:
+        """What was told of the patch so far is no longer so."""
+        self.state.num_solved = self.solved_before = 0
+        self.acts.clear()
+        self.costs.clear()
+        self.warnings.clear()
 
     def call(self, event: str) -> None:
         for callback in self.callbacks:

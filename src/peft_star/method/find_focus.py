@@ -138,7 +138,8 @@ def prompt_words(row: Row, tokenizer) -> list[Word]:
             break
     else:
         return []
-    offsets, marks, words = encoded["offset_mapping"], set(tokenizer.all_special_ids), []
+    offsets, marks = encoded["offset_mapping"], set(tokenizer.all_special_ids)
+    words: list[Word] = []
     groups: list[list[Word]] = [words]
     token = 0
     for match in _WORD.finditer(row.prompt):
@@ -215,7 +216,8 @@ class _Asked:
 
     def gains(self, spans: Sequence[Span]) -> list[float]:
         """By how much the tokens behind each span get likelier (nats) with the form that fits best in its place."""
-        rows, was = [], []
+        rows: list[Row] = []
+        was = []
         for span in spans:
             behind = self.ids[span.last + 1 :][:BEHIND]
             for form in FORMS:

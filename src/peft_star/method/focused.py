@@ -144,7 +144,8 @@ def _band(run: Run, names: Sequence[str]) -> list[str]:
 def _named(run: Run, row: Row, slots: slice) -> Named:
     tokenizer = run.subject.tokenizer
     begin = 1 if row.prompt_ids[0] == tokenizer.bos_token_id else 0
-    rows, positions = [], []
+    rows: list[Row] = []
+    positions = []
     for text in FRONT:
         front = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
         ids = row.prompt_ids[:begin] + front + row.prompt_ids[begin:]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..files import cache_dir
 
 # float64 copies of the head are made of so many rows at a time: few enough to stay in a processor's cache
 _CHUNK_ROWS, _CHUNK_BYTES = 1024, 1 << 26
@@ -51,18 +51,6 @@ def _factorise(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     keep = values > values[-1] * 1e-10
     return {"values": values[keep].cpu(), "vectors": vectors[:, keep].cpu().contiguous()}
-
-
-def cache_dir() -> Path | None:
-    """Where the factors of large heads are kept: `$PEFT_STAR_CACHE`, by default `$HF_HOME/peft_star`.
-
-    A factor takes 8 d² bytes (134 MB for d = 4096). Any of the files can be deleted at any time. None: none are kept,
-    because `PEFT_STAR_CACHE` is empty or 0.
-    """
-    setting = os.environ.get("PEFT_STAR_CACHE")
-    if setting is None:
-        return Path(HF_HOME) / "peft_star"
-    return None if setting.strip() in ("", "0") else Path(setting).expanduser()
 
 
 def head_digest(weight: torch.Tensor) -> str:

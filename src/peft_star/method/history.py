@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 
 from ..engine.passes import completion_logits
 from ..engine.recording import recording_inputs
-from ..failures import COLUMNS, Row
+from ..failures import Row
 from ..models.names import plain_name
 from ..report import RepairReport
+from ..row_checks import COLUMNS
 from ..sharing.changes import Changes, difference, norm
 from ..sharing.entries import OUTSIDE, REPAIR, SOURCES, Entry, LedgerRow, size_of
 from ..sharing.governor import warnings_of
@@ -50,15 +51,17 @@ class History:
         args: The settings of the repair.
         ledger: The earlier repairs.
         start: Deltas by module.
+        given: By source the rows as they were given.
     """
 
     subject: Subject
     args: RepairArguments
     ledger: Ledger
     start: Changes
+    given: Mapping[str, Any]
 
     @classmethod
-    def of(cls, subject: Subject, args: RepairArguments) -> History:
+    def of(cls, subject: Subject, args: RepairArguments, given: Mapping[str, Any] | None = None) -> History:
         config = subject.config
         if config.ledger is None and config.ledger_sha256:
             warnings.warn(
@@ -66,7 +69,7 @@ class History:
                 "PeftModel.from_pretrained or peft_star.loading.load_patch from where its ledger lies.",
                 stacklevel=3,
             )
-        history = cls(subject, args, config.ledger or Ledger(), deltas_of(subject))
+        history = cls(subject, args, config.ledger or Ledger(), deltas_of(subject), given or {})
         change = difference(history.start, history.ledger.total())
         if norm(change) > SAME * norm(history.start):
             # before this package kept ledgers, or by hand
@@ -74,12 +77,12 @@ class History:
             history.ledger = history.ledger.with_entry(entry)
         return history
 
-    def earlier(self, *given: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    def earlier(self) -> list[dict[str, Any]]:
         """Rows of earlier repairs that are to stay as they are: their failures and what they retained, unless a row
         with the same prompt is given now."""
         if not self.args.keep_earlier:
             return []
-        prompts = [row["prompt"] for rows in given for row in rows or ()]
+        prompts = [row["prompt"] for name in ("failures", "retain") for row in self.given.get(name) or ()]
         found = []
         for _, row in self.ledger.standing_rows("failures", "retain"):
             if row.row["prompt"] not in prompts:
@@ -142,11 +145,6 @@ def earlier_keys(run: Run) -> dict[str, torch.Tensor]:
     # processes add up what each of them holds, so one of them has the keys
     held = {name: part * (WEIGHT * len(part)) ** 0.5 for name, part in joined.items()}
     return {name: part[: len(part) if team.rank == 0 else 0] for name, part in held.items()}
-
-
-def as_rows(given: Iterable[Mapping[str, Any]] | None) -> Any:
-    """The rows as a list, so that they can be read again; what is none of rows is left for others to refuse."""
-    return given if given is None or isinstance(given, (str, bytes, dict)) else list(given)
 
 
 def ledger_rows(

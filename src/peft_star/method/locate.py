@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from ..tuner.config import AUTO_NEURONS
 from ..tuner.layer import count_of
 from .attribution import exact_occlusion, rank_agreement
 from .subject import Run
 from .trace import Trace
+
+# Measured with 82 failing tokens: of 40 texts beside them 16 stay with 256 neurons, 23 with 768, 24 with all 1,536.
+NEURONS_PER_FAILURE = 8
 
 
 def locate(run: Run, traced: Trace) -> dict[str, torch.Tensor]:
@@ -31,7 +35,15 @@ def locate(run: Run, traced: Trace) -> dict[str, torch.Tensor]:
         if config.neuron_pattern == "layer-wise":
             chosen = set(select_layers(importance, config.layer_selection, config.num_layers))
             scores = {name: values for name, values in scores.items() if run.subject.decoder_of[name] in chosen}
+        if isinstance(num_neurons, str):
+            num_neurons = enough_neurons(len(traced.medium), scores)
         return select_neurons(scores, num_neurons, config.neuron_pattern)
+
+
+def enough_neurons(failures: int, scores: dict[str, torch.Tensor]) -> int:
+    """How many neurons of each layer tell so many failing tokens from each other and from all else, as far as the
+    smallest of the layers has them."""
+    return min(max(AUTO_NEURONS, NEURONS_PER_FAILURE * failures), *(len(values) for values in scores.values()))
 
 
 def select_layers(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..engine.batch import Batch
+from ..models.inputs import head_of
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def plausibility(
         `torch.Tensor`: Weights (n, T) of each failure's sequence: the model's probability of the expected token at the
         positions before the failure, scaled to the sum 1.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
     with align_module_device(head):
         weight, bias = head.weight, getattr(head, "bias", None)
         flat = representations.flatten(0, 1).to(weight.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         self.state[param]["prior"] = prior.detach().abs().to(param.device, param.dtype)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of Algorithm 1; parameters without a gradient stay as they are."""
         loss = None
         if closure is not None:
@@ -103,6 +104,7 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         state = self.state[param]
         if "prior" not in state:
             self._set_prior(param, None)
+        assert param.grad is not None  # or there is no step
         sign = param.grad.sign()
         update = sign * state["prior"] if "prior" in state else sign
         if (group["damping"], group["growth"]) != (1, 1):
@@ -121,6 +123,11 @@ class PriorGuidedSGD(torch.optim.Optimizer):
         return state["size"]
 
 
+def _prior_of(delta: Any) -> torch.Tensor:
+    """The prior that goes with a delta, as an attribute that torch knows nothing of."""
+    return delta.star_prior
+
+
 def solve(
     run: Run, located: dict[str, torch.Tensor], traced: Trace, kept: Sequence[Batch] = ()
 ) -> tuple[list[HeldLayer], list[torch.Tensor] | None]:
@@ -133,21 +140,22 @@ def solve(
     with run.journal.phase("solve", len(located)):
         layers = run.subject.hold(located)
         gradients = []
-        for layer in run.subject.layers().values():
-            delta = layer.star_delta[run.subject.adapter]
+        for held in run.subject.layers().values():
+            delta: Any = held.star_delta[run.subject.adapter]
             delta.star_prior = torch.zeros_like(delta)
         for layer in layers:
             wanted = located[layer.name].to(layer.neurons.device)
             decoder_layer = run.subject.decoder_of[layer.name]
             semantics = traced_semantics(run.subject.bases, traced, decoder_layer, run.args.norm)
             solved = solve_prior(traced.activations(layer.name, wanted), semantics, run.args.ridge)
-            prior = layer.delta.star_prior
+            prior = _prior_of(layer.delta)
             # rows of the adapter are ascending, as `wanted` is
             prior[torch.isin(layer.neurons, wanted)] = solved.to(prior)
             gradients.append(traced.layers[layer.name].gradient(layer.neurons))
             run.journal.advance()
-    missing = any(gradient is None for gradient in gradients)
-    return layers, None if any(run.engine.team.gather(missing)) else gradients
+    kept_all = [gradient for gradient in gradients if gradient is not None]
+    missing = len(kept_all) < len(gradients)
+    return layers, None if any(run.engine.team.gather(missing)) else kept_all
 
 
 def patch(
@@ -171,14 +179,15 @@ def patch(
             differentiate(engine, goal.batches, task.medium)
         else:
             for delta, gradient in zip(deltas, gradients):
-                delta.grad = gradient.to(delta.device, delta.dtype)
+                # that of a process without a batch is a single zero
+                delta.grad = gradient.to(delta.device, delta.dtype).expand_as(delta).contiguous()
         for step in range(1, args.max_steps + 1):
             engine.team.sum_gradients(deltas)
             optimizer.step()
             optimizer.zero_grad()
             last = step == args.max_steps
             here, loss = goal.look(engine, differentiate=not last)
-            broken = ()
+            broken: tuple[Batch, ...] = ()
             if task.done(here):
                 here, broken = goal.look_at_the_rest(engine, here)
             best.offer(step, here, loss)

@@ -31,6 +31,7 @@ from .bystanders import Bystanders
 from .history import earlier_keys
 from .objective import Goal
 from .semantics import traced_semantics
+from .sensitivity import OwnReading, natural_targets, read_own_texts
 from .solve import protected_answer
 from .strengths import search_strengths
 from .subject import HeldLayer, Run
@@ -67,10 +68,12 @@ class Protection:
 
     Attributes:
         factors: Per layer [`moment_factor`] (k, k), or None where nothing is protected.
+        fisher: Per layer the Fisher information (d, d) of its output, or None where nothing is protected.
         bystanders: What is said beside the failures, where it limits how far a repair reaches.
     """
 
     factors: Sequence[torch.Tensor | None]
+    fisher: Sequence[torch.Tensor | None]
     bystanders: Bystanders | None = None
 
 
@@ -90,23 +93,30 @@ def solve(
             wrong = said.argmax[failing[~said.right[failing]]]
             bystanders = Bystanders.of(run.engine, traced.batches, failing, ffns, neurons, wrong)
         if not tokens:
-            return layers, Protection([None] * len(layers), bystanders)
+            return layers, Protection([None] * len(layers), [None] * len(layers), bystanders)
         shown = background_activations(run.engine, run.subject.tokenizer, ffns, tokens, run.journal.advance)
+        texts = run.own_texts().protected
+        own = read_own_texts(run.engine, texts, run.subject.ffns(), run.journal.advance) if texts else OwnReading()
         beside = [bystanders] if bystanders else []
         if kept:
             beside.append(Bystanders.of(run.engine, kept, traced.medium, ffns, neurons))
         factors, keys = [], earlier_keys(run)
         for layer in layers:
-            if layer.name in shown:
-                activations = shown[layer.name].index_select(1, layer.neurons.to(shown[layer.name].device))
-            else:  # other processes read the background
-                activations = torch.zeros(0, len(layer.neurons), device=layer.neurons.device)
-            others = [found.activations[layer.name].to(activations.device) for found in beside]
+            groups = [_of_neurons(shown.get(layer.name), layer.neurons)]
+            if texts:
+                groups.append(_of_neurons(own.activations.get(layer.name), layer.neurons))
+            groups += [found.activations[layer.name].to(groups[0].device) for found in beside]
             if plain_name(layer.name) in keys:
-                key = keys[plain_name(layer.name)]
-                others.append(key[:, layer.neurons.to(key.device)].to(activations))
-            factors.append(moment_factor(activations, *others, team=team))
-    return layers, Protection(factors, bystanders)
+                groups.append(_of_neurons(keys[plain_name(layer.name)], layer.neurons).to(groups[0]))
+            factors.append(moment_factor(*groups, team=team))
+    return layers, Protection(factors, [own.fisher.get(layer.name) for layer in layers], bystanders)
+
+
+def _of_neurons(activations: torch.Tensor | None, neurons: torch.Tensor) -> torch.Tensor:
+    """The columns (N, k) of activations (N, m); None where other processes have them all."""
+    if activations is None:
+        return torch.zeros(0, len(neurons), device=neurons.device)
+    return activations.index_select(1, neurons.to(activations.device))
 
 
 def patch(
@@ -123,7 +133,7 @@ def patch(
         ridge = run.args.ridge
         if run.args.reach == "problem" and step <= SHARED_STEPS:
             ridge = max(ridge, RIDGE)
-        pushes, descent = make_pushes(run, layers, protection.factors, traced, ridge)
+        pushes, descent = make_pushes(run, layers, protection, traced, ridge)
         strengths, here, loss = search_strengths(
             partial(_look, run.engine, goal, pushes),
             traced.predictions,
@@ -134,6 +144,7 @@ def patch(
         )
         for push in pushes:
             push(strengths)
+        _estimate_costs(run, protection, pushes, strengths, traced.medium)
         if goal.task.done(here):
             here, broken = goal.look_at_the_rest(run.engine, here)
             goal = goal.watching(broken)
@@ -147,6 +158,26 @@ def patch(
         at_stake = goal.task.at_stake(here).nonzero()[:, 0]
         names = [layer.name for layer in layers]
         traced = trace(run.engine, goal.batches, run.probe(names), at=at_stake, start=goal.before)
+
+
+def _estimate_costs(
+    run: Run,
+    protection: Protection,
+    pushes: Sequence[Push],
+    strengths: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Add to the journal how far each push moves what is said in other text: to second order, and as if pushes and
+    layers had nothing to do with each other, c² · Pᵀ(C + ε I)P · tᵀ F t."""
+    costs = torch.zeros(len(slots), dtype=torch.float64)
+    for push, factor, fisher in zip(pushes, protection.factors, protection.fisher):
+        if factor is None or fisher is None:
+            return
+        answers = (factor.T @ push.answer).square().sum(dim=0)
+        effects = ((push.targets @ fisher.to(push.targets)) * push.targets).sum(dim=1)
+        costs += strengths.double().square() * (answers * effects).cpu()
+    for slot, cost in zip(slots.tolist(), costs.tolist()):
+        run.journal.costs[slot] = run.journal.costs.get(slot, 0.0) + cost
 
 
 @torch.no_grad()
@@ -190,15 +221,19 @@ def _look(engine: Engine, goal: Goal, pushes: Sequence[Push], strengths: torch.T
 
 
 def make_pushes(
-    run: Run, layers: Sequence[HeldLayer], factors: Sequence, traced: Trace, ridge: float
+    run: Run, layers: Sequence[HeldLayer], protection: Protection, traced: Trace, ridge: float
 ) -> tuple[list[Push], torch.Tensor]:
     """Every layer's push at the deltas as they are, and the slope (n) of each token's cross entropy, positive."""
     pushes, descent = [], torch.zeros(len(traced.medium))
     args, subject = run.args, run.subject
-    for layer, factor in zip(layers, factors):
+    for layer, factor, fisher in zip(layers, protection.factors, protection.fisher):
         gradient = traced.gradients(layer.name).double()
         semantics = traced_semantics(subject.bases, traced, subject.decoder_of[layer.name], args.norm)
-        targets = -semantics.abs().to(gradient.device) * gradient.sign()
+        semantics = semantics.to(gradient.device)
+        if fisher is None:
+            targets = -semantics.abs() * gradient.sign()
+        else:
+            targets = natural_targets(gradient, fisher, semantics.norm(dim=1))
         activations = traced.activations(layer.name, layer.neurons).to(gradient.device)
         contexts = None
         if args.generalization > 0:

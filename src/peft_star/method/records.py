@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engine.batch import completion_offsets
 from ..engine.predictions import Predictions
+from ..evaluation.own_texts import TextsHarm
 from ..failures import Row
 from ..report import (
     CONTEXT_CHARACTERS,
@@ -121,6 +122,8 @@ class Records:
                 exact_before=right_before == len(row.completion_ids),
                 exact_after=right_after == len(row.completion_ids),
                 problem=row.problem,
+                id=row.id,
+                line=row.number,
             )
             for when, generated in (("before", generated_before), ("after", generated_after)):
                 if generated is not None:
@@ -130,7 +133,9 @@ class Records:
         return records
 
 
-def make_report(run: Run, case: Case, before: Seen, after: Seen, interrupted: bool) -> RepairReport:
+def make_report(
+    run: Run, case: Case, before: Seen, after: Seen, harm: TextsHarm | None, interrupted: bool
+) -> RepairReport:
     """What the repair of these rows is found to have done."""
     journal = run.journal
     report = RepairReport(
@@ -145,6 +150,7 @@ def make_report(run: Run, case: Case, before: Seen, after: Seen, interrupted: bo
         config=_plain(run.subject.config.to_dict()),
         versions={name: version(name) for name in ("torch", "transformers", "peft")},
         interrupted=interrupted,
+        harm=harm.to_dict() if harm is not None and harm.texts else {},
     )
     for source, (rows, slots) in case.parts.items():
         if rows:
@@ -190,9 +196,9 @@ def problem_records(report: RepairReport, rows: Sequence[Row], journal: Journal,
         problem = problems[names[item.row]]
         problem.failures += 1
         problem.solved += item.solved
-    for row, sentence in journal.warnings:
-        if sentence not in problems[names[row]].warnings:
-            problems[names[row]].warnings.append(sentence)
+    for index, sentence in journal.warnings:
+        if sentence not in problems[names[index]].warnings:
+            problems[names[index]].warnings.append(sentence)
     for act in _acts(report, journal):
         ids = rows[act["row"]].input_ids
         texts = [_text(tokenizer, [ids[position]]) for position in act["tokens"]]
@@ -202,7 +208,8 @@ def problem_records(report: RepairReport, rows: Sequence[Row], journal: Journal,
 
 def _acts(report: RepairReport, journal: Journal) -> list[dict[str, Any]]:
     """What the method said of where it acts, and of failing rows of which it said nothing, what every patch does."""
-    told, failing = {act["row"] for act in journal.acts}, {}
+    told = {act["row"] for act in journal.acts}
+    failing: dict[int, list[int]] = {}
     for item in report.failures:
         if item.row not in told:
             failing.setdefault(item.row, []).append(item.position)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,23 +11,28 @@ import torch
 
 from ..engine.distributed import Team
 from ..engine.engine import Engine
+from ..engine.memory import halving
 from ..engine.passes import predict
 from ..engine.predictions import Predictions
 from ..engine.replay import Replay
 from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
-from ..sharing.hub import remember_report
+from ..row_checks import check_contradictions
+from ..sharing.entries import SOURCES
+from ..tuner.patches import remember_report
 from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
 from .callbacks import Journal, RepairCallback
-from .history import History, as_rows, failing_activations, ledger_rows
+from .gate import within_limits
+from .history import History, failing_activations, ledger_rows
 from .locate import locate
 from .objective import Goal
 from .records import make_report
 from .subject import Run, Subject
 from .trace import Trace, trace
+from .unfinished import AdapterState, Keeper, Unfinished, key_of
 from .verify import Case, Seen, look_at_related, look_before, verify
 
 
@@ -48,6 +53,7 @@ def repair(
     retain: Iterable[dict[str, Any]] | None = None,
     related: Iterable[dict[str, Any]] | None = None,
     callbacks: Sequence[RepairCallback] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> RepairReport:
     """Find the failing tokens of `failures`, patch the neurons that cause them, and verify the patch.
 
@@ -60,11 +66,13 @@ def repair(
         tokenizer: Its tokenizer.
         failures: Rows `{"prompt", "completion"}`, strings or lists of chat messages; a list or a `datasets.Dataset`.
             They may carry `focus` (a text span of the prompt, or a list of spans, that the problem is about),
-            `problem` (a name) and `end` (whether the model is to stop where the completion does), too.
+            `problem` (a name), `end` (whether the model is to stop where the completion does) and `id` (what the row
+            is called elsewhere), too.
         args: How to run; defaults to `RepairArguments()`.
         retain: Rows of the same form that must stay as they are; tokens of theirs that break join the loss.
         related: Rows of the same form that are only looked at, for the report to say how far the repair carries over.
         callbacks: [`RepairCallback`]s.
+        unfinished: The file in which an [`Unfinished`] keeps what is done so far, and out of which it may go on.
 
     Returns:
         [`RepairReport`]
@@ -73,21 +81,52 @@ def repair(
         TypeError: `model` is not a PEFT model with a STAR adapter.
         ValueError: A row, the configuration or the model does not fit; nothing has been changed.
         RepairInterrupted: Ctrl-C; the model holds the last finished state.
+        MemoryError: Memory does not hold even a single row; the adapter is as it was.
     """
     args = args or RepairArguments()
-    subject, journal = Subject.of(model, tokenizer, args), Journal(args, callbacks)
-    given = {"failures": as_rows(failures), "retain": as_rows(retain), "related": as_rows(related)}
-    rows = subject.encode(given["failures"], "failures row")
-    retained, related = (_encode_optional(subject, given[name], f"{name} row") for name in ("retain", "related"))
-    history = History.of(subject, args)
-    earlier = _encode_optional(subject, history.earlier(given["failures"], given["retain"]), "earlier repairs' row")
-    interrupted = after = None
-    with _running(subject, args, journal, (rows, retained, related, earlier)) as run:
+    subject = Subject.of(model, tokenizer, args)
+    rows, raw = _encode(subject, failures, retain, related)
+    history = History.of(subject, args, raw)
+    earlier = history.earlier()
+    rows.append(subject.encode(earlier, "earlier repairs' row") if earlier else [])
+    start = AdapterState.of(subject)
+
+    def attempt(tokens: int) -> RepairReport:
+        # what an earlier attempt has left is taken back: what failed before is seen without a patch
+        if tokens < args.max_batch_tokens:
+            start.put_back(subject)
+        return _repair(subject, replace(args, max_batch_tokens=tokens), callbacks, rows, unfinished, start, history)
+
+    try:
+        return halving(attempt, args.max_batch_tokens, max(len(row) for part in rows for row in part))
+    except MemoryError:
+        start.put_back(subject)
+        raise
+
+
+def _repair(
+    subject: Subject,
+    args: RepairArguments,
+    callbacks: Sequence[RepairCallback] | None,
+    given: Sequence[list[Row]],
+    unfinished: Unfinished | None,
+    start: AdapterState,
+    history: History,
+) -> RepairReport:
+    """[`repair`] in batches that memory may not hold."""
+    journal = Journal(args, callbacks)
+    rows, retained, related, earlier = given
+    interrupted = after = harm = None
+    with _running(subject, args, journal, given) as run:
         case = Case.of(run.engine, rows, retained, related, earlier)
         before, traced = look_before(run, case)
         seen = look_at_related(run, case, before) if related else before
+        if unfinished is not None:
+            key = key_of(subject, args, given, start)
+            run = replace(run, resumed=unfinished.put_back(subject, key, journal))
+            journal.callbacks.append(Keeper(unfinished, subject, key, journal))
         try:
-            after = MODES[args.mode](run, case, before, traced)
+            after, harm = within_limits(run, case, before, traced, MODES[args.mode], start)
         except KeyboardInterrupt as error:
             # several processes do not stop at the same place, so they cannot go on together
             if run.engine.team.size > 1:
@@ -95,10 +134,10 @@ def repair(
             interrupted = error
         subject.config.base_fingerprint = fingerprint(subject.base)
         now = verify(run, case, after, args.verify_generation and not interrupted)
-        report = make_report(run, case, seen, now, interrupted is not None)
+        report = make_report(run, case, seen, now, harm, interrupted is not None)
         keys = {} if args.ledger_rows else failing_activations(run, case, seen)
-    history.record(report, ledger_rows(case, given, seen, now) if args.ledger_rows else (), keys)
-    remember_report(model, subject.adapter, report)
+    history.record(report, ledger_rows(case, history.given, seen, now) if args.ledger_rows else (), keys)
+    remember_report(subject.model, subject.adapter, report)
     journal.call("on_repair_end")
     if interrupted is not None:
         raise RepairInterrupted(report) from interrupted
@@ -124,7 +163,7 @@ def prepare(
     """
     args = args or RepairArguments(disable_tqdm=True)
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, ())
-    rows = subject.encode(failures, "failures row")
+    (rows, _, _), _ = _encode(subject, failures)
     with _running(subject, args, journal, rows) as run:
         batches = run.engine.batches(rows)
         with journal.phase("trace", run.engine.team.rows(batches)):
@@ -136,9 +175,21 @@ def prepare(
     return {name: delta.star_prior for name, delta in deltas.items()}
 
 
-def _encode_optional(subject: Subject, rows: Iterable[dict[str, Any]] | None, name: str) -> list[Row]:
-    """The rows as tokens, if there are any."""
-    return subject.encode(rows, name) if rows else []
+def _encode(
+    subject: Subject, failures: Any, retain: Any = None, related: Any = None
+) -> tuple[list[list[Row]], dict[str, Any]]:
+    """The failures, the retained and the related rows as tokens and as given, after a look whether they agree."""
+    given: list[Any] = [
+        rows if rows is None or isinstance(rows, (str, bytes, dict, list)) else list(rows)
+        for rows in (failures, retain, related)
+    ]
+    names = ("failures row", "retain row", "related row")
+    encoded = [
+        subject.encode(rows, name) if rows or number == 0 else []
+        for number, (rows, name) in enumerate(zip(given, names))
+    ]
+    check_contradictions(given[0], given[1] or ())
+    return encoded, dict(zip(SOURCES, given))
 
 
 @contextmanager
@@ -174,7 +225,8 @@ def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
 def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
     """Each failure with a prior of its own; those that a later patch undid come up again (mode "single")."""
     journal, now = run.journal, before.predictions
-    wrong = ~now.right[case.parts["failures"][1]]
+    wrong = torch.zeros_like(now.right[case.parts["failures"][1]])
+    wrong[case.failing(now)] = True
     journal.state.num_failures = int(wrong.sum())
     batches = case.one_row_each()
     if wrong.any():
@@ -209,6 +261,10 @@ def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions |
     Returns:
         The run that goes on, and the predictions (S) at the failures' rows where something was changed.
     """
+    if run.resumed:
+        # it was done before, and what was recorded of the layers below is no longer so
+        run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))
+        return run, goal.look(run.engine)[0]
     if run.args.algorithm != "protected":
         return run, None
     rows = find_focus.with_found_focus(run, goal, case.rows) if find_focus.wanted(run) else case.rows
@@ -241,4 +297,4 @@ def patch_traced(run: Run, goal: Goal, traced: Trace) -> Predictions:
 
 
 ALGORITHMS = {"protected": protected, "prior-guided": prior_guided}
-MODES = {"multiple": together, "single": one_by_one}
+MODES: dict[str, Callable[..., Predictions]] = {"multiple": together, "single": one_by_one}

@@ -88,6 +88,7 @@ def revert(model, tokenizer, entry: str, args: RepairArguments | None = None) ->
     before = [set(row.wrong_before) for row in taken.rows_of("failures")]
     fail_again = sum(len(was & set(now.wrong_now)) for was, now in zip(before, wrong))
     found = check(model, tokenizer, allow_other_base=own.allow_other_base)
+    subject.config.repaired = None  # what solving again has reported tells of a part of the patch
     return RevertReport(taken.id, sum(map(len, before)), fail_again, broken, again, found)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
+from ..models.inputs import head_of
 from ..models.quantized import read_weight
 from .head_factor import gram_factor
 from .trace import Trace
@@ -108,7 +110,7 @@ def semantic_bases(model: nn.Module) -> SemanticBases:
     Raises:
         ValueError: The model has no LM head, or one that cannot be read.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = head_of(model) if hasattr(model, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
     if weight is None:
         raise ValueError(f"{type(model).__name__} has no LM head; a repair needs a causal language model.")
@@ -127,7 +129,7 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _weight_of(head: nn.Module, device: torch.device | None = None) -> Iterator[torch.Tensor]:
+def _weight_of(head: Any, device: torch.device | None = None) -> Iterator[torch.Tensor]:
     """The head's weight (V, d) in floating point: brought to its execution device (or `device`) if it is offloaded,
     dequantised if it is quantised."""
     with align_module_device(head, device if head.weight.is_meta else None):

@@ -8,6 +8,7 @@ forward-backward, find strengths that solve every failure and exceed none's need
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def search_strengths(
         best by [`Task.score`].
     """
     strengths = first_strengths(here, task, slots, descent).clamp(max=limit)
-    best = None
+    best: tuple[Any, ...] | None = None
     for _ in range(MAX_FORWARDS):
         there, loss = look(strengths)
         done = task.done(there)
@@ -88,4 +89,5 @@ def search_strengths(
         if torch.allclose(aim, strengths, rtol=1e-3):
             break
         strengths = aim
+    assert best is not None  # the first look is the best so far
     return best[1:]

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..engine.batch import Batch
 from ..engine.engine import Engine
+from ..engine.own_texts import OwnTexts, own_texts
 from ..failures import Row, encode_rows
 from ..models import structure
 from ..models.fingerprint import check_base
@@ -49,15 +52,15 @@ class Subject:
         decoder_layers: The decoder layers that may be patched, in order of depth; nothing below them needs a gradient.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     adapter: str
-    num_neurons: int | float
+    num_neurons: int | float | str
     decoder_of: dict[str, str]
     decoder_layers: dict[str, nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer, args: RepairArguments) -> Subject:
+    def of(cls, model: Any, tokenizer, args: RepairArguments) -> Subject:
         """What a repair of this model would patch; nothing is changed yet.
 
         Raises:
@@ -72,31 +75,28 @@ class Subject:
             )
         if tokenizer is None or not callable(tokenizer):
             raise TypeError("repair() needs the model's tokenizer as its second argument.")
-        active = model.active_adapters
+        active: list[str] = model.active_adapters
         if len(active) != 1:
             raise ValueError(
                 f"repair() patches one adapter, but {len(active)} are active ({', '.join(active) or 'none'}); "
                 "call model.set_adapter(name) first."
             )
-        base, adapter = tuner.model, active[0]
+        base: Any = tuner.model
+        adapter = active[0]
         config = tuner.peft_config[adapter]
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
             raise ValueError(f"{type(base).__name__} has no LM head; repair() needs a causal language model.")
         layers, patched = dict(structure.find_decoder_layers(base)), star_layers(base, adapter)
-        scope = config.scope or {}
-        within = {
-            *patched,
-            *(name for name, _ in base.named_modules() if plain_name(name) in scope.get("modules", ())),
-        }
+        known = set((config.scope or {}).get("modules", ()))
         decoder_of = {
-            name: next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+            name: next((layer for layer in layers if name.startswith(f"{layer}.")), "")
             for name, _ in base.named_modules()
-            if name in within
+            if name in patched or plain_name(name) in known
         }
-        orphan = next((name for name, layer in decoder_of.items() if layer is None), None)
+        orphan = next((name for name, layer in decoder_of.items() if not layer), None)
         if orphan is not None:
             raise ValueError(f"The target module {orphan} lies in no decoder layer; leave it out of `target_modules`.")
-        num_neurons = scope.get("num_neurons", config.num_neurons)
+        num_neurons = (config.scope or {}).get("num_neurons", config.num_neurons)
         for name, layer in patched.items():
             _check_layer(name, layer, adapter, base.get_output_embeddings().weight)
             count_of(num_neurons, layer.in_features, f"neurons of {name}")
@@ -107,7 +107,7 @@ class Subject:
         return cls(model, tokenizer, adapter, num_neurons, decoder_of, {name: layers[name] for name in within})
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         return self.model.base_model.model
 
     @property
@@ -157,6 +157,19 @@ class Subject:
             HeldLayer(name, layers[name].star_delta[self.adapter], layers[name].star_neurons[self.adapter].long())
             for name in located
         ]
+
+    @contextmanager
+    def unpatched(self) -> Iterator[None]:
+        """The base model's own voice: the patch is off, and what is trainable stays as it is."""
+        layers = list(self.layers().values())
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+                layer.star_delta[self.adapter].requires_grad_(False)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -216,12 +229,27 @@ def candidate_layers(
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of a repair is given: how passes run, what is patched, the settings, and who hears of it."""
+    """What every stage of a repair is given: how passes run, what is patched, the settings, and who hears of it.
+
+    `resumed`: the adapter holds already what an earlier run of this repair has finished.
+    """
 
     engine: Engine
     subject: Subject
     args: RepairArguments
     journal: Journal
+    resumed: bool = False
+
+    def own_texts(self) -> OwnTexts:
+        """What the base model says by itself; generated when it is first asked for."""
+        with self.subject.unpatched():
+            return own_texts(self.engine, self.subject.tokenizer, self.journal.advance)
+
+    @cached_property
+    def own_batches(self) -> list[Batch]:
+        """Texts that the base model says by itself and that no patch is solved by."""
+        texts = self.own_texts().measured
+        return self.engine.batches(texts) if texts else []
 
     def probe(self, names: Iterable[str] | None = None) -> Probe:
         """What a trace has to read for the algorithm in use, of these FFNs or of all that may be patched."""

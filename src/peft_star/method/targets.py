@@ -87,7 +87,7 @@ def find_targets(
             found[number] = delta
         if progress is not None:
             progress(len(group))
-    return found
+    return [delta for delta in found if delta is not None]  # which none is by now
 
 
 def _groups(sites: Sequence[Site], limit: int) -> Iterator[list[int]]:
@@ -129,7 +129,8 @@ class _Batch:
             for row, places in zip(sites[number].rows, sites[number].positions)
         ]
         starts = [places[0] if tails else 0 for _, _, places in versions]
-        reads, owner, own, expected, at = [], [], [], [], []
+        reads, owner, own, at = [], [], [], []
+        expected: list[int] = []
         for line, (number, row, places) in enumerate(versions):
             # a token right in front of its completion is to say something else
             behind = [place for place in places if place < row.medium_positions[0]]
@@ -210,13 +211,14 @@ def _search(model: nn.Module, top: str, above: str, sites: Sequence[Site]) -> li
     batch, change = _Batch(model, sites, range(len(sites)), tails), _Change()
     found: list[torch.Tensor | None] = [None] * len(sites)
     least, most = STEPS
-    before = scales = None
+    before = scales = torch.zeros(0)
     for step in range(most + 1):
         with torch.enable_grad(), replay(batch), change.within(layer, batch):
             logits = batch.tails.logits(model).float()
+            assert change.delta is not None and change.seen is not None  # the forward has made them
             own = F.cross_entropy(logits[batch.own], batch.expected, reduction="none") / batch.versions[batch.own]
             now = logits[~batch.own].log_softmax(-1)
-            if before is None:
+            if step == 0:
                 # nothing is changed yet, so this is what is to be kept
                 before, scales = now.detach(), batch.mean(change.seen.norm(dim=-1))
             moved = F.kl_div(now, before, log_target=True, reduction="none").sum(-1) / batch.versions[~batch.own]
@@ -232,6 +234,7 @@ def _search(model: nn.Module, top: str, above: str, sites: Sequence[Site]) -> li
         loss.backward()
         with torch.no_grad():
             for number in left:
+                assert change.delta.grad is not None
                 delta, slope = (batch.part(values, number) for values in (change.delta, change.delta.grad))
                 size = slope.norm().clamp(min=torch.finfo(slope.dtype).tiny)
                 delta -= torch.minimum(entropy[number] / size, LONGEST * scales[number]) * slope / size
@@ -239,4 +242,4 @@ def _search(model: nn.Module, top: str, above: str, sites: Sequence[Site]) -> li
         if len(left) <= (1 - DONE) * len(batch.open):
             kept = torch.isin(batch.owner[~batch.own], torch.tensor(left, device=batch.owner.device))
             batch, before = _Batch(model, sites, left, tails), before[kept]
-    return found
+    return [delta for delta in found if delta is not None]  # the last step leaves none

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from ..engine.engine import Engine
 from ..engine.passes import loss_at
 from ..engine.predictions import Predictions
 from ..engine.recording import Recording, head_reads, recording
+from ..models.inputs import head_of
 from .attribution import first_order_occlusion, input_x_gradient
 from .plausibility import plausibility
 
@@ -62,10 +64,11 @@ class LayerTrace:
 
     def gradient(self, neurons: torch.Tensor) -> torch.Tensor | None:
         """∂L/∂delta (k, d) of these neurons, or None when the sequences were not kept."""
-        if self.inputs is None:
+        if self.inputs is None or self.output_gradients is None:
             return None
         pairs = zip(self.inputs, self.output_gradients)
-        return sum(v[:, neurons.to(v.device)].float().T @ g.float() for v, g in pairs)
+        # a process without a batch adds nothing
+        return sum((v[:, neurons.to(v.device)].float().T @ g.float() for v, g in pairs), start=torch.zeros(()))
 
 
 @dataclass
@@ -110,8 +113,8 @@ class Trace:
         """∂L/∂o (n, d) of the FFN `name`."""
         return self._of_all(self.layers[name].gradients)
 
-    def _of_all(self, parts: list[torch.Tensor], columns: torch.Tensor | None = None) -> torch.Tensor:
-        """The parts of all processes in the order of the slots."""
+    def _of_all(self, parts: list[torch.Tensor], columns: torch.Tensor | None = None) -> Any:
+        """The parts of all processes in the order of the slots; None where none was asked for."""
         if columns is not None:
             parts = [part.index_select(1, columns.to(part.device)) for part in parts]
         own = torch.cat(parts) if parts else None
@@ -153,7 +156,7 @@ def trace(
     )
     hidden_rms: dict[str, list[torch.Tensor]] = {name: [] for name in probe.decoder_layers}
     slots_traced = [none]
-    head = engine.model.get_output_embeddings() if probe.contexts else None
+    head = head_of(engine.model) if probe.contexts else None
     for batch in engine.team.share(batches):
         # the recording's hook on the head comes first: it sees all positions
         with recording(probe.ffns, probe.decoder_layers, head) as seen, torch.enable_grad():
@@ -169,7 +172,7 @@ def trace(
             _differentiate(loss, batch, index, seen, result)
             for name, values in _hidden_rms(batch, index, seen).items():
                 hidden_rms[name].append(values)
-            if probe.contexts:
+            if seen.head is not None:
                 weights = plausibility(engine.model, seen.head, batch, index)
                 _average_contexts(weights, batch, index, seen, layers)
         if progress is not None:
@@ -216,7 +219,7 @@ def _differentiate(loss: torch.Tensor, batch: Batch, index: torch.Tensor, seen: 
         layer.gradients.append(o_gradient[place])
         squares = input_x_gradient(v_all[place], v_gradient[place])
         layer.squares = squares if layer.squares is None else layer.squares + squares
-        if layer.inputs is not None:
+        if layer.inputs is not None and layer.output_gradients is not None:
             mask = batch.tokens.to(v_all.device)
             layer.inputs.append(v_all[mask])
             layer.output_gradients.append(o_gradient[mask])

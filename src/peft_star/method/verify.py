@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from ..engine.batch import Batch, completion_offsets, make_batches
 from ..engine.engine import Engine
 from ..engine.passes import generate, predict
@@ -23,7 +25,7 @@ class Case:
     """The rows of one repair in batches. Their completion tokens are numbered through: the slots of the retained rows
     come behind those of the failures' rows, then those of the `earlier` repairs' rows, which are retained as well, and
     make up S with them. What patches knows these alone: the slots of the related rows, which are only looked at, lie
-    behind."""
+    behind. `left_out`: failures' rows, by index, that are not repaired."""
 
     rows: Sequence[Row]
     retained: Sequence[Row]
@@ -32,6 +34,7 @@ class Case:
     related: Sequence[Row] = ()
     related_batches: tuple[Batch, ...] = ()
     earlier: Sequence[Row] = ()
+    left_out: frozenset[int] = frozenset()
 
     @classmethod
     def of(
@@ -66,6 +69,14 @@ class Case:
             "earlier": (self.earlier, slice(kept, held)),
             "related": (self.related, slice(held, None)),
         }
+
+    def failing(self, seen: Predictions) -> torch.Tensor:
+        """The slots (n) of what is to be repaired: wrong tokens of the failures' rows but those that are left out."""
+        wrong = ~seen.right[self.parts["failures"][1]]
+        for row, start in zip(self.rows, completion_offsets(self.rows)):
+            if row.index in self.left_out:
+                wrong[start : start + len(row.completion_ids)] = False
+        return wrong.nonzero()[:, 0]
 
     def one_row_each(self) -> list[Batch]:
         """The failures' rows in their order, a batch each. Made once, what is replayed of a row serves all of its

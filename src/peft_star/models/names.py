@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_module
 from torch import nn
 
 try:
-    from re import _parser
+    from re import _parser  # type: ignore[attr-defined]  # it is no public one
 except ImportError:  # Python 3.10
     import sre_parse as _parser
 

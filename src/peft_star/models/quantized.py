@@ -24,7 +24,7 @@ def _packed_state(module: nn.Module) -> Any:
     return state if getattr(state, "packing_format_for_cpu", False) else None
 
 
-def _unpacked(module: nn.Module, packed_state: Any) -> tuple[torch.Tensor, Any]:
+def _unpacked(module: Any, packed_state: Any) -> tuple[torch.Tensor, Any]:
     """The 4-bit weight and its state as they were before packing, but for scales that were rounded to bfloat16."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -43,7 +43,8 @@ def readable(module: nn.Module) -> Iterator[None]:
     if packed_state is None:
         yield
         return
-    weight, packed = module.weight, module.weight.data
+    weight: Any = module.weight
+    packed = weight.data
     weight.data, weight.quant_state = _unpacked(module, packed_state)
     try:
         yield
@@ -75,6 +76,7 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # as bitsandbytes does in its own backward passes: one layer at a time
         weight = read_weight(ctx.module)
+        assert weight is not None  # it is a layer that can be read
         return (gradient.to(weight.dtype) @ weight).to(ctx.dtype), None, None
 
 
@@ -84,7 +86,7 @@ def _with_backward(module: nn.Module, args: tuple, output: torch.Tensor) -> torc
     return None
 
 
-def _unpack_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _unpack_to_save(module: Any, prefix: str, keep_vars: bool) -> None:
     # the next inference packs the weight again, to the same bits
     packed_state = _packed_state(module)
     if packed_state is not None:

@@ -83,6 +83,7 @@ def routed_shape(module: nn.Module) -> tuple[int, int, int] | None:
             return None
         if parameter.element_size() < 2:  # 8-bit floats need scales that only the experts' own code knows
             return None
+    assert down is not None  # as the loop found it
     experts, *size = down.shape
     width, out_features = size if module.is_transposed else reversed(size)
     return int(experts), int(width), int(out_features)
@@ -125,7 +126,7 @@ class _Layer:
 
     name: str
     module: nn.Module
-    second: str | None = None  # the name of the second matrix, relative to the layer
+    second: str = ""  # the name of the second matrix, relative to the layer
     size: int = 0  # number of entries of the second matrix
     experts: str | None = None  # what kind of mixture of experts was found instead
     hint: str = ""  # how such experts can be named
@@ -180,7 +181,7 @@ def _find_stacks(model: nn.Module) -> list[list[_Layer]]:
         if not isinstance(module, nn.ModuleList) or any(name.startswith(prefix) for prefix in taken):
             continue
         layers = [_inspect_layer(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
-        layers = [layer for layer in layers if layer.second is not None or layer.experts is not None]
+        layers = [layer for layer in layers if layer.second or layer.experts]
         if layers:
             stacks.append(layers)
             taken.append(f"{name}." if name else "")

@@ -56,6 +56,8 @@ _CLASSES = {
 }
 
 _HEADER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+# what PEFT adds to a card when a patch is saved over an earlier one
+_PEFT_ADDS = re.compile(r"(?<=-->)\s*### Framework versions\s+- PEFT \S+\s*\Z")
 # the last line of this package's cards: hashes of the text, to tell whether somebody edited it, and of the weights
 _SIGNATURE = re.compile(r"\n<!-- peft_star: card ([0-9a-f]+), patch ([0-9a-f]+|none) -->\s*\Z")
 _COMMAND = re.compile(r"^## How it was made\n\n```bash\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
@@ -140,7 +142,7 @@ def model_card(
     sections += _usage(where, base, name, read("revision"), task, subfolder)
     sections += _twin(where, base, name, read("revision"), task) if lora else []
     if report:
-        sections += _repaired(report, plot) + _damage(report)
+        sections += _repaired(report, plot, where) + _damage(report)
     if command:
         sections.append(f"## How it was made\n\n```bash\n{command}\n```")
     if report and report.versions:
@@ -191,13 +193,16 @@ def write_card(
     weights = folder / WEIGHTS_NAME
     patch_hash = hashlib.sha256(weights.read_bytes()).hexdigest()[:12] if weights.is_file() else "none"
     fields, text = read_card(path)
+    text = _PEFT_ADDS.sub("", text)
     signature = _SIGNATURE.search(text)
-    own = bool(signature) and signature[1] == _hash(_SIGNATURE.sub("", text))
-    if (own and report is None and signature[2] == patch_hash) or not (own or _is_generic(text)):
+    own = signature is not None and signature[1] == _hash(_SIGNATURE.sub("", text))
+    same = signature is not None and signature[2] == patch_hash
+    if (own and report is None and same) or not (own or _is_generic(text)):
         clean_card(path, is_base)
         return path
     if own and command is None:
-        command = (_COMMAND.search(text) or [None, None])[1]
+        known = _COMMAND.search(text)
+        command = known[1] if known else None
     patch = None
     with contextlib.suppress(ValueError):  # a card must not cost the repair whose patch it describes
         patch = Patch.read(folder)
@@ -371,12 +376,15 @@ def _twin(where: str, base: str | None, name: str | None, revision: str | None, 
     ]
 
 
-def _repaired(report: RepairReport, plot: bool) -> list[str]:
+def _repaired(report: RepairReport, plot: bool, where: str) -> list[str]:
     picture = (
         "\n\n![Each failing token's lead over its strongest rival before and after, and the patch's size by layer]"
         f"({PLOT_NAME})"
     )
-    return [f"## What was repaired\n\n{report.to_markdown(SHOWN_ROWS).strip()}{picture if plot else ''}"]
+    return [
+        f"## What was repaired\n\n{report.to_markdown(SHOWN_ROWS).strip()}{picture if plot else ''}"
+        f"\n\n`peft-star report {where} -o report.html` shows all of it as a page, with a map of the patched neurons."
+    ]
 
 
 def _damage(report: RepairReport) -> list[str]:

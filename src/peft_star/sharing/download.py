@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -20,7 +20,9 @@ from huggingface_hub.errors import (
 )
 
 from ..files import recover
-from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, LEDGER_NAME, LEDGER_WEIGHTS, REPORT_NAME
+from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, LEDGER_NAME, LEDGER_WEIGHTS, REPORT_NAME, TIMES_NAME
+
+ANSWER_SECONDS = 10  # that the Hub is given to say whether it has something
 
 # By these words in their names are errors of the network known: httpx, httpx2 and requests share no kind.
 _UNREACHABLE = ("connect", "timeout", "network")
@@ -55,8 +57,10 @@ _SENTENCES: tuple[tuple[type[BaseException] | int | tuple[str, ...], str | None,
 def find_patch(patch: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """The directory of a patch: the one given, or the Hub's files in the local cache.
 
+    A name that is no directory is asked of the Hub once; without an answer, the local cache has to hold the patch.
+
     Raises:
-        FileNotFoundError: Nothing lies at this path.
+        FileNotFoundError: Nothing lies at this path, and the name can be none of a patch on the Hub.
         ValueError: It is a file.
         OSError: The Hub has no such patch, refused it or did not answer.
     """
@@ -69,9 +73,24 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
         raise ValueError(f"{patch} is a file; a patch is a directory that holds {CONFIG_NAME}.")
     if looks_like_path(str(patch)):
         raise FileNotFoundError(f"There is no patch at {patch}: no such directory.")
-    wanted = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, CARD_NAME, LEDGER_NAME, LEDGER_WEIGHTS]
+    if "/" not in str(patch):
+        raise FileNotFoundError(
+            f"There is no patch {patch}: no such directory, and a patch on the Hub is named with its owner, "
+            f"you/{patch}."
+        )
     with in_one_sentence(str(patch), "patch"):
-        return Path(snapshot_download(str(patch), revision=revision, token=token, allow_patterns=wanted))
+        files = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, TIMES_NAME, CARD_NAME, LEDGER_NAME, LEDGER_WEIGHTS]
+        wanted: dict[str, Any] = {"allow_patterns": files, "revision": revision}
+        try:
+            # one request that fails at once: a download is tried again and again
+            HfApi(token=token).model_info(str(patch), revision=revision, timeout=ANSWER_SECONDS)
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception:
+            with suppress(LocalEntryNotFoundError):
+                return Path(snapshot_download(str(patch), local_files_only=True, **wanted))
+            raise
+        return Path(snapshot_download(str(patch), token=token, **wanted))
 
 
 def find_ledger(patch: str | Path, subfolder: str | None = None, **hub: Any) -> Path | None:
@@ -117,6 +136,13 @@ def in_one_sentence(name: str, what: str | None = None) -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+
+
+def reading_error(error: BaseException, name: str, what: str) -> OSError:
+    """What the Hub's client raised while a "model" or "patch" was read, as one sentence; see [`hub_error`]."""
+    translated = hub_error(error, name, what)
+    assert translated is not None  # of a reading the table has a word on everything
+    return translated
 
 
 def hub_error(error: BaseException, name: str, what: str | None = None) -> OSError | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..failures import validate_row
+from ..row_checks import validate_row
 from .changes import Change, Changes, add, norm, pack, unpack
 from .patch_files import checksum
 

@@ -117,7 +117,7 @@ class GgufBase:
             raise ValueError(f"{name} is a {architecture} model, of which the installed gguf package knows nothing.")
         if (gguf_value(reader, "split.count") or 1) > 1:
             raise ValueError(f"{name} is one of several files; join them first: llama-gguf-split --merge.")
-        shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
+        shapes: dict[str, Any] = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
         blocks = gguf_value(reader, f"{architecture}.block_count") or 0
         return cls(name, architecture, int(blocks), lambda module, tensor: shapes.get(tensor))
 

@@ -51,7 +51,8 @@ class GgufMerge:
         reader = read_gguf(path)
         if reader.byte_order == "S":
             raise ValueError(f"{base} was written for machines of another byte order, which cannot be merged here.")
-        known, changes = GgufBase.of_file(reader, str(base)), {}
+        known = GgufBase.of_file(reader, str(base))
+        changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for directory in directories:
             patch, matrices = fit(Patch.read(directory), known)
             for name, matrix in matrices.items():

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .patch_files import (
     LORA_DIR,
     PLOT_NAME,
     REPORT_NAME,
+    TIMES_NAME,
     Patch,
     is_patch,
     patch_folders,
@@ -104,7 +105,15 @@ def push(
                 folder_path=staging,
                 commit_message=commit_message,
                 revision=revision,
-                delete_patterns=[ANY_WEIGHTS, REPORT_NAME, PLOT_NAME, LEDGER_NAME, LEDGER_WEIGHTS, f"{LORA_DIR}/*"],
+                delete_patterns=[
+                    ANY_WEIGHTS,
+                    REPORT_NAME,
+                    TIMES_NAME,
+                    PLOT_NAME,
+                    LEDGER_NAME,
+                    LEDGER_WEIGHTS,
+                    f"{LORA_DIR}/*",
+                ],
             )
     return f"{url}/tree/{revision}" if revision else str(url)
 
@@ -132,12 +141,6 @@ def _blank_base(path: Path, is_base: Callable[[str], bool]) -> None:
         write(path, data)
 
 
-def remember_report(model: Any, adapter_name: str, report: RepairReport) -> None:
-    """Keep the report of an adapter's repair with its model, for the card that `model.push_to_hub` uploads."""
-    tuner = getattr(model, "base_model", model)
-    tuner.__dict__.setdefault("repair_reports", {})[adapter_name] = report
-
-
 def keep_own_card(model: Any) -> None:
     """See to it that the next `model.push_to_hub` uploads this package's card instead of a generic one.
 
@@ -146,23 +149,15 @@ def keep_own_card(model: Any) -> None:
     one instance. What it sets knows no model: the instance can be freed, copied and pickled as before.
     """
     if isinstance(model, PushToHubMixin) and hasattr(PushToHubMixin, "_upload_modified_files"):
-        reports = getattr(model, "base_model", model).__dict__.get("repair_reports", {})
-        model._upload_modified_files = functools.partial(_upload_modified_files, reports)
+        model._upload_modified_files = _upload_modified_files  # type: ignore[method-assign, assignment]
 
 
-def _upload_modified_files(
-    reports: Mapping[str, RepairReport], working_dir: str, repo_id: str, *args: Any, **kwargs: Any
-) -> Any:
+def _upload_modified_files(working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     directory = Path(working_dir)
-    folders = patch_folders(directory)
-    if any(is_patch(folder) for folder in folders):
-        for folder in folders:
-            report = reports.get("default" if folder == directory else folder.name)
-            if report is not None:
-                report.save(folder / REPORT_NAME)
+    if any(is_patch(folder) for folder in patch_folders(directory)):
         if (directory / REPORT_NAME).is_file():
             with contextlib.suppress(ImportError):  # matplotlib is an extra
-                reports["default"].plot(directory / PLOT_NAME)
+                RepairReport.load(directory / REPORT_NAME).plot(directory / PLOT_NAME)
         make_ready(directory, repo_id, token=kwargs.get("token"))
         kwargs["commit_message"] = kwargs.get("commit_message") or COMMIT_MESSAGE
     # of the instance it needs nothing but the class's name, for a message

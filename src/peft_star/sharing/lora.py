@@ -110,8 +110,9 @@ def recorded_widths(patch: Patch) -> dict[str, Any]:
 
 def _widths(patch: Patch, source: Path | None) -> dict[str, int]:
     """The number of neurons of each module: as the patch records it, or else from the base model's configuration."""
-    widths, names = recorded_widths(patch), list(patch.neurons)
-    if not all(isinstance(widths.get(name), int) for name in names):
+    widths: dict[str, Any] | None = recorded_widths(patch)
+    names = list(patch.neurons)
+    if not all(isinstance(recorded_widths(patch).get(name), int) for name in names):
         widths = _widths_of_base(patch.config.get("base_model_name_or_path"), names)
     if widths is None:
         raise ValueError(
@@ -168,9 +169,12 @@ def _lora_config(patch: Patch, rank: int, fan_in_fan_out: bool) -> dict[str, Any
     # a regex stays one: it may be there because a full name is the end of another full name
     target = patch.config.get("target_modules")
     if isinstance(target, str) and target != "all-linear":
-        selection = {"target_modules": target, "exclude_modules": patch.config.get("exclude_modules")}
+        selection: dict[str, Any] = {"target_modules": target, "exclude_modules": patch.config.get("exclude_modules")}
     else:
         selection = {"target_modules": set(patch.neurons)}
+    named: dict[str, Any] = {
+        key: patch.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")
+    }
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -178,7 +182,7 @@ def _lora_config(patch: Patch, rank: int, fan_in_fan_out: bool) -> dict[str, Any
         bias="none",
         fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,
-        **{key: patch.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")},
+        **named,
         **selection,
     ).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 ANY_WEIGHTS = "adapter_model.*"  # also in what form other versions of PEFT save them
 REPORT_NAME = "repair_report.json"
 LEDGER_NAME, LEDGER_WEIGHTS = "repair_ledger.json", "repair_ledger.safetensors"
+TIMES_NAME = "repair_report.times.json"
 CARD_NAME, PLOT_NAME = "README.md", "report.png"
 # where in a patch's directory the same patch lies as a LoRA
 LORA_DIR = "lora"
@@ -140,7 +141,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     plain = [(plain_name(name), tensor) for name, tensor in tensors.items()]
     for name, tensor in sorted(plain, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -246,7 +247,7 @@ def check_patch_output(path: Path, overwrite: bool, inputs: tuple[str | Path | N
     check_output(path, overwrite, CONFIG_NAME, inputs, part=f"{LORA_DIR}/{CONFIG_NAME}")
 
 
-def check_neurons(neurons: torch.Tensor, in_features: int, name: str) -> torch.Tensor:
+def check_neurons(neurons: torch.Tensor | Sequence[int], in_features: int, name: str) -> torch.Tensor:
     """Return `neurons` as an int32 vector (k,), or say what is wrong with it.
 
     Args:

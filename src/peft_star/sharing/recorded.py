@@ -32,6 +32,7 @@ from .patch_files import (
     NEURONS,
     PLOT_NAME,
     REPORT_NAME,
+    TIMES_NAME,
     WEIGHTS_NAME,
     Patch,
     check_patch_output,
@@ -147,7 +148,7 @@ def rewriting(
     # a card that somebody wrote is kept
     kept = [directory / CARD_NAME]
     if output.resolve() == directory.resolve():
-        own = {CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, PLOT_NAME, LEDGER_NAME, LEDGER_WEIGHTS}
+        own = {CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, TIMES_NAME, PLOT_NAME, LEDGER_NAME, LEDGER_WEIGHTS}
         kept = [path for path in directory.iterdir() if path.name not in own]
     with new_directory(output, overwrite) as temporary:
         for path in kept:

@@ -26,17 +26,22 @@ from ..sharing.patch_files import (
     is_own,
     read_tensors,
 )
+from .reports import Repaired, save_report
 
 LAYER_SELECTIONS = ("occlusion", "last", "all")
 NEURON_PATTERNS = ("layer-wise", "model-wise")
 
 
-def _check_amount(name: str, value: Any, noun: str) -> int | float:
+# the number of neurons that a repair chooses by itself, and how many an adapter has before
+AUTO, AUTO_NEURONS = "auto", 64
+
+
+def _check_amount(name: str, value: Any, noun: str, other: str = "") -> int | float:
     """Return `value` as a Python int (a count) or float (a share in (0, 1]), or say what is wrong with it."""
     # bool is an Integral in Python, so it has to be refused before the other checks
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"`{name}` should be an int (the number of {noun}) or a float in (0, 1] (a share of them), "
+            f"`{name}` should be an int (the number of {noun}) or a float in (0, 1] (a share of them){other}, "
             f"got {value!r} of type {type(value).__name__}."
         )
     if isinstance(value, numbers.Integral):
@@ -87,9 +92,11 @@ class StarConfig(PeftConfig):
     delta to a few *neurons* of the feed-forward networks. A neuron is a column of the FFN's second matrix.
 
     Args:
-        num_neurons (`Union[int, float]`, *optional*, defaults to `64`):
+        num_neurons (`Union[int, float, Literal["auto"]]`, *optional*, defaults to `"auto"`):
             How many neurons are patched in each target module: an int is a number of neurons, a float in (0, 1] is a
-            share of the module's neurons. About 64 is where the paper finds the best repairs (section 5.2, Figure 6).
+            share of the module's neurons. "auto" is 64, about where the paper finds the best repairs (section 5.2,
+            Figure 6), and in a repair of more than 8 failing tokens at once 8 for each of them: with fewer neurons
+            than there are things to tell apart, a patch answers to other text, too.
         target_modules (`Optional[Union[list[str], str]]`, *optional*):
             The names of the modules to apply the adapter to. If this is None, the second matrix of every FFN is found
             from the model's structure. When passing a string, a regex match is performed; when passing a list of
@@ -153,16 +160,16 @@ class StarConfig(PeftConfig):
         TypeError: A value has the wrong type.
     """
 
-    num_neurons: int | float = field(
-        default=64,
+    num_neurons: int | float | Literal["auto"] = field(
+        default="auto",
         metadata={
             "help": (
                 "How many neurons are patched in each target module: an int is a number of neurons, a float in (0, 1] "
-                "is a share of the module's neurons."
+                "is a share of the module's neurons, 'auto' is 64, and more where a repair has many failures to solve."
             )
         },
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={
             "help": (
@@ -173,7 +180,7 @@ class StarConfig(PeftConfig):
             )
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={"help": "List of module names or regex expression of the module names to exclude from STAR."},
     )
@@ -286,7 +293,7 @@ class StarConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.STAR
+        self.peft_type = PeftType("STAR")
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, (list, tuple)) else self.target_modules
         )
@@ -294,7 +301,8 @@ class StarConfig(PeftConfig):
             set(self.exclude_modules) if isinstance(self.exclude_modules, (list, tuple)) else self.exclude_modules
         )
 
-        self.num_neurons = _check_amount("num_neurons", self.num_neurons, "neurons")
+        if self.num_neurons != AUTO:
+            self.num_neurons = _check_amount("num_neurons", self.num_neurons, "neurons", f" or {AUTO!r}")
         self.num_layers = _check_amount("num_layers", self.num_layers, "layers")
         self._check_layers_to_transform()
         self._check_layer_selection()
@@ -316,6 +324,8 @@ class StarConfig(PeftConfig):
         self._check_modules_to_save()
         self._check_patterns()
         self._check_scope()
+        # no field: it is a repair's, and goes into files of its own
+        self.repaired: Repaired | None = None
 
     def _check_scope(self) -> None:
         if self.scope is None:
@@ -323,7 +333,8 @@ class StarConfig(PeftConfig):
         modules = self.scope.get("modules") if isinstance(self.scope, dict) else None
         if not isinstance(modules, list) or not all(map(is_module_name, modules)) or "num_neurons" not in self.scope:
             raise ValueError(f"`scope` should hold a list of `modules` and `num_neurons`, got {self.scope!r}.")
-        _check_amount("num_neurons", self.scope["num_neurons"], "neurons")
+        if self.scope["num_neurons"] != AUTO:
+            _check_amount("num_neurons", self.scope["num_neurons"], "neurons")
 
     def _check_layers_to_transform(self) -> None:
         if isinstance(self.layers_to_transform, (list, tuple, set)):
@@ -347,6 +358,11 @@ class StarConfig(PeftConfig):
             raise TypeError(f"`modules_to_save` should be a list of names of modules, got {names!r}.")
 
     def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            names = value if isinstance(value, (set, list, tuple)) else [value]
+            if value is not None and not all(isinstance(item, str) for item in names):
+                raise TypeError(f"`{name}` should be a list of names of modules or a pattern, got {value!r}.")
         patterns = self.layers_pattern if isinstance(self.layers_pattern, (list, tuple)) else [self.layers_pattern]
         for name, values in (
             ("target_modules", [self.target_modules]),
@@ -411,6 +427,7 @@ class StarConfig(PeftConfig):
         """Save the configuration with the checksum of the tensors beside it, the ledger and, if asked for, the LoRA
         twin.
 
+        Beside tensors that are as a repair left them go its report and this package's card.
         `PeftModel.save_pretrained` calls this when the weights are written.
         """
         directory = Path(save_directory)
@@ -429,6 +446,8 @@ class StarConfig(PeftConfig):
         super(StarConfig, saved).save_pretrained(save_directory, **kwargs)
         if self.lora_twin and has_tensors:
             patch_to_lora(directory, directory / LORA_DIR, overwrite=True)
+        if self.repaired is not None and saved.tensors_sha256 == self.repaired.tensors_sha256:
+            save_report(directory, self.repaired)
 
     def _warn_of_foreign(self, tensors: dict[str, Any]) -> None:
         """PEFT adds embeddings that were resized, or that it was asked for."""

@@ -55,23 +55,33 @@ class Experts(nn.Module, StarLayer):
     ) -> None:
         super().__init__()
         StarLayer.__init__(self, base_layer, **kwargs)
-        self.num_experts, self.neurons_per_expert, _ = structure.routed_shape(self.get_base_layer())
+        shape = structure.routed_shape(self.get_base_layer())
+        assert shape is not None  # or it would be no target
+        self.num_experts, self.neurons_per_expert, _ = shape
         self.second = SecondMatrix()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, num_neurons, config=config, module_name=module_name)
 
     def _base_shape(self) -> tuple[int, int]:
-        return structure.neuron_shape(self.get_base_layer())
+        shape = structure.neuron_shape(self.get_base_layer())
+        assert shape is not None  # or it would be no target
+        return shape
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         return base_layer.down_proj.device, base_layer.down_proj.dtype
 
     @property
-    def weight(self) -> torch.Tensor:
-        return self.get_base_layer().down_proj
+    def _experts(self) -> Any:
+        """The base layer, whose attributes are those of a mixture of experts."""
+        return self.get_base_layer()
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def weight(self) -> torch.Tensor:
+        return self._experts.down_proj
+
+    @property
+    def bias(self) -> Any:
+        """b (E, d), or None."""
         return getattr(self.get_base_layer(), "down_proj_bias", None)
 
     # forward
@@ -90,7 +100,7 @@ class Experts(nn.Module, StarLayer):
             routing: Routing weights (T, E).
             neurons: Indices (k) in [0, E·m).
         """
-        experts = self.get_base_layer()
+        experts = self._experts
         neurons = neurons.long()
         expert, neuron = neurons // self.neurons_per_expert, neurons % self.neurons_per_expert
         if not experts.has_gate:
@@ -108,7 +118,7 @@ class Experts(nn.Module, StarLayer):
 
     def _up(self, x: torch.Tensor, name: str, expert: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Rows of an up projection, chosen by expert and row, applied to x (T, d): (T, k)."""
-        experts = self.get_base_layer()
+        experts = self._experts
         parameter = getattr(experts, name)
         weight = parameter[expert, :, row] if experts.is_transposed else parameter[expert, row]
         bias = getattr(experts, f"{name}_bias")[expert, row] if experts.has_bias else None
@@ -145,7 +155,7 @@ class Experts(nn.Module, StarLayer):
         routing = self._routing(top_k_index, top_k_weights)
         if self.second._forward_hooks or self.second._forward_pre_hooks:
             every = torch.arange(self.in_features, device=x.device)
-            bias = routing.to(self.bias.dtype) @ self.bias if self.get_base_layer().has_bias else None
+            bias = routing.to(self.bias.dtype) @ self.bias if self._experts.has_bias else None
             return self.second(self.activations(x, routing, every), self, bias).view_as(hidden_states)
         result = self.base_layer(*inputs, **kwargs)
         flat = result.reshape(-1, self.out_features)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.quantized import readable
 from ..sharing.patch_files import INDEX_DTYPE, check_delta, check_neurons
-from .config import StarConfig
+from .config import AUTO_NEURONS, StarConfig
 
 # what [`count_of`] says of a module, in the words of its configuration
 TOO_MANY_NEURONS = (
@@ -26,7 +26,7 @@ TOO_MANY_NEURONS = (
 
 
 def count_of(
-    amount: int | float,
+    amount: int | float | str,
     total: int,
     what: str,
     too_many: str = "{amount} {what} were asked for, but there are {total}; ask for at most {total}.",
@@ -34,7 +34,7 @@ def count_of(
     """Turn a count (int) or a share (float in (0, 1]) of `total` into a count; a share is rounded, but at least 1.
 
     Args:
-        amount: The count or the share.
+        amount: The count or the share, or "auto": 64, or as many as there are.
         total: How many there are.
         what: What is counted, for the message.
         too_many: The message, with `{amount}`, `{total}` and `{what}`.
@@ -42,6 +42,8 @@ def count_of(
     Raises:
         ValueError: More than there are.
     """
+    if isinstance(amount, str):
+        return min(AUTO_NEURONS, total)
     if isinstance(amount, float):
         return min(total, max(1, round(amount * total)))
     if amount > total:
@@ -125,7 +127,9 @@ class StarLayer(BaseTunerLayer):
 
     def _base_shape(self) -> tuple[int, int]:
         """The number of neurons and of outputs of the base layer."""
-        return _get_in_out_features(self.get_base_layer())
+        neurons, outputs = _get_in_out_features(self.get_base_layer())
+        assert neurons is not None and outputs is not None  # no other layer is made a target
+        return neurons, outputs
 
     @property
     def _neuron_dim(self) -> int:
@@ -224,10 +228,10 @@ class StarLayer(BaseTunerLayer):
         if adapter_name in self.merged_adapters:
             raise ValueError(f"The neurons of adapter {adapter_name!r} cannot be set while it is merged; unmerge it.")
         name = f"adapter {adapter_name!r}"
-        neurons = check_neurons(neurons, self.in_features, name)
+        checked = check_neurons(neurons, self.in_features, name)
         if delta is not None:
-            check_delta(delta, neurons.numel(), self.out_features, name)
-        self.replace_tensors(adapter_name, neurons, delta)
+            check_delta(delta, checked.numel(), self.out_features, name)
+        self.replace_tensors(adapter_name, checked, delta)
 
     def _merged(self, columns: torch.Tensor, delta: torch.Tensor, adapter_name: str, safe_merge: bool) -> torch.Tensor:
         """`columns + delta` in the dtype of `columns`; raises ValueError when `safe_merge` finds it is not finite."""
@@ -387,7 +391,8 @@ class Linear(nn.Module, StarLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         result_dtype = result.dtype
         # when one token is decoded, looking things up in modules takes longer than computing with them
-        deltas, neurons = self.star_delta, self.star_neurons._buffers
+        deltas = self.star_delta
+        neurons: dict[str, Any] = self.star_neurons._buffers
         for active_adapter in self.active_adapters:
             delta = deltas._parameters.get(active_adapter)
             if delta is None:

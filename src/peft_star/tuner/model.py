@@ -33,14 +33,17 @@ from ..sharing.patch_files import (
     check_neurons,
     is_patch,
 )
-from .config import StarConfig
+from .config import AUTO, StarConfig
 from .experts import Experts
 from .layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, execution_device, spread_neurons, star_layers
 
 
 def record_counts(config: StarConfig, counts: dict[str, int]) -> None:
     """Write the numbers of neurons of the modules, by plain name, into the config."""
-    if len(set(counts.values())) == 1:
+    if config.num_neurons == AUTO:
+        # what is repaired next with this adapter may need another number
+        config.neurons_per_module = dict(sorted(counts.items()))
+    elif len(set(counts.values())) == 1:
         config.num_neurons = next(iter(counts.values()))
         config.neurons_per_module = None
     else:
@@ -100,7 +103,8 @@ def _load_checked(*args: Any, checkpoint_files: list[str] | None = None, **kwarg
             if path.name != WEIGHTS_NAME:
                 raise ValueError(f"{path} cannot be checked; a patch keeps its tensors in {WEIGHTS_NAME}.")
             Patch.read(path.parent)
-    return PreTrainedModel._load_pretrained_model(*args, checkpoint_files=checkpoint_files, **kwargs)
+    load: Any = PreTrainedModel._load_pretrained_model
+    return load(*args, checkpoint_files=checkpoint_files, **kwargs)
 
 
 def _make_identity(layer: StarLayer, adapter_name: str) -> None:
@@ -157,6 +161,7 @@ class StarModel(BaseTuner):
         - **peft_config** ([`StarConfig`]): The configuration of the STAR model.
     """
 
+    peft_config: dict[str, Any]  # of StarConfig
     prefix: str = "star_"
     tuner_layer_cls = StarLayer
     # target modules are found from the model's structure, see `_prepare_adapter_config`
@@ -166,7 +171,7 @@ class StarModel(BaseTuner):
     # Injection  #
     ##############
 
-    def _prepare_adapter_config(self, peft_config: StarConfig, model_config: dict) -> StarConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> StarConfig:
         if peft_config.target_modules is not None:
             return peft_config
 
@@ -201,12 +206,12 @@ class StarModel(BaseTuner):
         if isinstance(self.model, PreTrainedModel):
             # transformers' own `load_adapter` takes over any tensor that the model has, base weights included, and
             # asks neither PEFT nor the tuner; what is set here knows no model, so it can be copied and pickled
-            self.model._load_pretrained_model = _load_checked
+            self.model._load_pretrained_model = _load_checked  # type: ignore[method-assign]
         _record_widths(config, star_layers(self.model, adapter_name))
 
     def _create_and_replace(
         self,
-        star_config: StarConfig,
+        star_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -222,6 +227,7 @@ class StarModel(BaseTuner):
         num_neurons = counts.get(name, star_config.num_neurons)
         kwargs = get_quantization_kwargs(self.model)
 
+        layer: Any
         if isinstance(target, StarLayer):
             layer = target
             num_neurons = count_of(num_neurons, layer.in_features, name, TOO_MANY_NEURONS)
@@ -386,11 +392,12 @@ class StarModel(BaseTuner):
                 del getattr(layer, attribute)[adapter_name]
         if len(layer.star_delta) == 0:
             parent, target, target_name = _get_submodules(self.model, name)
-            setattr(parent, target_name, target.get_base_layer())
+            setattr(parent, target_name, layer.get_base_layer())
 
     def _add_to_layer(
         self, name: str, target: nn.Module, adapter_name: str, config: StarConfig, num_neurons: int
     ) -> StarLayer:
+        layer: Any
         requires_grad = {}
         active_adapters = list(self.active_adapters)
         if isinstance(target, StarLayer):
@@ -441,7 +448,7 @@ class StarModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: PeftConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:

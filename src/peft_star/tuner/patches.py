@@ -12,23 +12,27 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from torch import nn
 
 from ..models.fingerprint import warn_of_other_base
 from ..models.names import own_keys, plain_name, select
+from ..report import RepairReport
 from ..sharing.download import find_patch
 from ..sharing.ledger import Ledger
 from ..sharing.lora import patch_to_lora, write_lora
-from ..sharing.patch_files import LEDGER_CHECKSUM, Patch
+from ..sharing.patch_files import DELTA, LEDGER_CHECKSUM, NEURONS, Patch, checksum
 from .config import StarConfig
 from .layer import StarLayer, star_layers
 from .model import StarModel, record_counts, widths_of
+from .reports import Repaired
 
 
 def combine_patches(
-    model: nn.Module, adapters: Sequence[str], new_name: str, weights: Sequence[float] | None = None
+    model: Any, adapters: Sequence[str], new_name: str, weights: Sequence[float] | None = None
 ) -> None:
     """Add the adapter that does what the weighted sum of other adapters does.
 
@@ -164,9 +168,7 @@ def swap_patch(
     record_counts(config, {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()})
     config.base_fingerprint = new.config.get("base_fingerprint")
     config.ledger, config.scope = ledger, new.config.get("scope")
-    # what was reported of the old patch says nothing of the new one
-    for owner in (inner, getattr(inner, "base_model", None)):
-        getattr(owner, "__dict__", {}).get("repair_reports", {}).pop(adapter_name, None)
+    config.repaired = None  # what was reported of the old patch says nothing of the new one
     warn_of_other_base(inner, config.to_dict())
     return in_place
 
@@ -345,3 +347,28 @@ def _is_compiled(model: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+def remember_report(model: Any, adapter_name: str, report: RepairReport) -> None:
+    """Keep the report of an adapter's repair with its configuration, which PEFT saves beside the tensors.
+
+    Args:
+        model: A `PeftModel`.
+        adapter_name: The adapter.
+        report: What its repair reported. It is of use as long as the adapter's tensors stay as they are now.
+    """
+    config = model.peft_config[adapter_name]
+    config.repaired = Repaired(report, adapter_name, checksum(_saved_tensors(model, adapter_name)))
+
+
+def _saved_tensors(model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The tensors that PEFT would save of an adapter, whose state dict is of the whole model: that brings offloaded
+    weights in and takes packed ones out, so it is asked for only where modules are saved along."""
+    if model.peft_config[adapter_name].modules_to_save:
+        return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    layers = star_layers(model, adapter_name)
+    return {
+        f"{name}.{attribute}": getattr(layer, attribute)[adapter_name]
+        for name, layer in layers.items()
+        for attribute in (DELTA, NEURONS)
+    }

@@ -1,0 +1,58 @@
+"""The core tests with the oldest and the newest PEFT and transformers that pyproject.toml allows, each in an
+environment of its own that lies on top of .venv: `make test-versions`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("peft", "transformers")
+CORE = ["tests/test_extension_points.py", "tests/test_registration.py", "tests/whole/test_peft_promises.py"]
+CORE += ["tests/tuner", "tests/test_loading.py"]
+
+
+def wanted() -> dict[str, list[str]]:
+    """What pip is to install, by environment: the lowest versions allowed, and whatever is newest."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    # Python 3.10 cannot read TOML
+    requirements = re.findall(rf'^    "((?:{"|".join(PACKAGES)})>=[^"]*)",$', project, re.MULTILINE)
+    assert len(requirements) == len(PACKAGES), requirements
+    oldest = [re.sub(r">=([\d.]+).*", r"==\1", item) for item in requirements]
+    return {"oldest": oldest, "newest": requirements}
+
+
+def build(name: str, requirements: list[str]) -> Path:
+    """An environment that finds in .venv all that it has not itself; returns its Python."""
+    directory = ROOT / ".venv-versions" / name
+    venv.create(directory, clear=True, with_pip=False)
+    below = sysconfig.get_path("purelib")
+    own = directory / Path(below).relative_to(sys.prefix)
+    (own / "below.pth").write_text(below + "\n")
+    python = directory / Path(sys.executable).relative_to(sys.prefix)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-U", *requirements], check=True)
+    return python
+
+
+def main() -> int:
+    failed = []
+    for name, requirements in wanted().items():
+        python = build(name, requirements)
+        told = "import peft, transformers; print(f'peft {peft.__version__}, transformers {transformers.__version__}')"
+        versions = subprocess.run([python, "-W", "ignore", "-c", told], check=True, capture_output=True, text=True)
+        print(f"== {name}: {versions.stdout.strip()}", flush=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(sys.argv[1:] or CORE)]
+        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+            failed.append(name)
+    print(f"Failed: {', '.join(failed)}" if failed else "Both pass.")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

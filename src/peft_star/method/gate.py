@@ -1,0 +1,115 @@
+"""The acceptance gate: a repair that changes too much of what the model says by itself is not left as it is.
+
+Nothing of it is the paper's. What a patch costs is measured on texts of the model's own that no patch is solved by
+(see `evaluation/own_texts.py`). Above the limit the repair starts again: first without reaching beyond its rows, then
+without the rows that cost most, until the limit holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..engine.batch import completion_offsets
+from ..engine.predictions import Predictions
+from ..evaluation.own_texts import TextsHarm, texts_harm
+from .subject import Run
+from .trace import Trace, trace
+from .unfinished import AdapterState
+from .verify import Case, Seen
+
+# how often rows are left out before the gate gives up
+ROUNDS = 3
+# what is aimed at, as a share of the limit: which rows cost most is an estimate
+AIM = 0.8
+
+Mode = Callable[[Run, Case, Seen, Trace | None], Predictions]
+
+
+def within_limits(
+    run: Run, case: Case, before: Seen, traced: Trace | None, patch: Mode, start: AdapterState
+) -> tuple[Predictions, TextsHarm]:
+    """Patch such that at most `max_harm` of the model's own texts change, what an earlier patch changed included.
+
+    Args:
+        run: What every stage is given.
+        case: The rows.
+        before: What the model says at them before the patch.
+        traced: Their trace, in mode "multiple".
+        patch: The mode: it patches, and says what the model says then.
+        start: What the adapter held before the repair.
+
+    Returns:
+        What the model says at the failures' rows, and the harm. Rows that were left out are wrong as before, and
+        the journal has a warning for each.
+    """
+    now, harm = patch(run, case, before, traced), measure(run)
+    limit = run.args.max_harm
+    if harm.changed_share <= limit:
+        return now, harm
+    reached = AdapterState.of(run.subject)
+    start.put_back(run.subject)
+    limit = max(limit, measure(run).changed_share)  # what was there before is no fault of this repair
+    reached.put_back(run.subject)
+    modest = replace(run, args=replace(run.args, reach="prompt"), resumed=False)
+    for number in range(ROUNDS + 1):
+        if harm.changed_share <= limit:
+            break
+        if number or run.args.reach == "prompt":
+            costly = _costly(run, case, before, AIM * limit / harm.changed_share)
+            if not costly:
+                break
+            case = replace(case, left_out=case.left_out | costly)
+        start.put_back(run.subject)
+        run.journal.begin_again()
+        now, harm = patch(modest, case, before, _traced_again(run, case, before, traced)), measure(run)
+    _tell(run, case, harm, limit)
+    return now, harm
+
+
+def measure(run: Run) -> TextsHarm:
+    """What the patch as it is does to the model's own texts; to none of them where nothing is to be protected."""
+    return texts_harm(run.engine, run.own_batches if run.args.background else [], run.subject.unpatched)
+
+
+def _traced_again(run: Run, case: Case, before: Seen, traced: Trace | None) -> Trace | None:
+    """The trace of the failures that are not left out."""
+    if traced is None:
+        return None
+    return trace(run.engine, case.batches, run.probe(), at=case.failing(before.predictions), start=before.predictions)
+
+
+def _costly(run: Run, case: Case, before: Seen, share: float) -> frozenset[int]:
+    """The rows, by index, without which the patch's estimated effect on other text is no more than `share` of what it
+    is: those that cost most, but never all."""
+    failing = set(case.failing(before.predictions).tolist())
+    starts = completion_offsets(case.rows)
+    costs = {
+        row.index: sum(run.journal.costs.get(slot, 0.0) for slot in failing.intersection(range(start, end)))
+        for row, start, end in zip(case.rows, starts, starts[1:])
+        if failing.intersection(range(start, end))
+    }
+    # how far text is moved adds up by squares
+    allowed = share**2 * sum(costs.values())
+    kept = 0.0
+    cheapest_first = sorted(costs, key=costs.__getitem__)
+    for number, index in enumerate(cheapest_first):
+        kept += costs[index]
+        if number and kept > allowed:
+            return frozenset(cheapest_first[number:])
+    return frozenset()
+
+
+def _tell(run: Run, case: Case, harm: TextsHarm, limit: float) -> None:
+    """Say of each row that was left out why it was."""
+    percent = f"{100 * limit:.0f}%"
+    over = harm.changed_share > limit
+    for index in sorted(case.left_out):
+        sentence = f"It was left out: with it, more than {percent} of the model's own texts would change (--max-harm)."
+        run.journal.warnings.append((index, sentence))
+    if over:
+        sentence = (
+            f"The patch changes {harm.texts - harm.unchanged} of {harm.texts} texts that the model says by itself, "
+            f"more than the limit of {percent} (--max-harm); repair fewer rows at once, or allow more."
+        )
+        run.journal.warnings.append((case.rows[0].index, sentence))

@@ -1,0 +1,169 @@
+"""What a model's own words depend on: the Fisher information of the FFNs' outputs, on texts that it says by itself.
+
+To second order, adding δ to an FFN's output o at a token changes what the model says from there on by a divergence of
+½ δᵀ F δ, with F = E[g gᵀ], g = ∂ log p(y)/∂o and y drawn from the model (Amari 1998; as one factor of a Kronecker
+product, Martens and Grosse 2015). Nothing of it is the paper's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from ..engine.engine import Engine
+from ..engine.recording import head_reads, recording
+from ..failures import Row
+from ..files import cache_dir, new_file
+from ..models.fingerprint import UNKNOWN, fingerprint
+
+# ε of the Fisher information, relative to its mean diagonal
+FLOOR = 0.1
+# tokens of a batch: logits of the whole vocabulary are differentiated at most of them
+BATCH = 512
+
+
+@dataclass
+class OwnReading:
+    """What was read on a model's own texts.
+
+    Attributes:
+        activations: Per second matrix those of its neurons at the tokens that the model says next, shape (N, m), in
+            this process's batches; a process without a batch has no entries.
+        fisher: Per second matrix the Fisher information of its output, shape (d, d), float64.
+    """
+
+    activations: dict[str, torch.Tensor] = field(default_factory=dict)
+    fisher: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+_CACHE: WeakKeyDictionary[nn.Module, OwnReading] = WeakKeyDictionary()
+
+
+def read_own_texts(
+    engine: Engine, rows: Sequence[Row], ffns: dict[str, nn.Module], progress: Callable[[int], None] | None = None
+) -> OwnReading:
+    """One pass over texts that the model says by itself, made once for each model.
+
+    Args:
+        engine: Its model's parameters need no gradient; its processes share the texts.
+        rows: The texts.
+        ffns: The second matrices by name.
+        progress: Called with the number of texts read.
+    """
+    known = _CACHE.setdefault(engine.model, OwnReading())
+    if not ffns.keys() <= known.fisher.keys():
+        path = _path(engine.model, rows, ffns)
+        stored = _load(path, ffns) if path else None
+        found = _read(engine, rows, ffns, stored is None, progress)
+        if stored is None:
+            stored = found.fisher
+            if path and engine.team.rank == 0:
+                _save(path, stored)
+        known.activations |= found.activations
+        known.fisher |= {name: values.double() for name, values in stored.items()}
+    return known
+
+
+def natural_targets(gradients: torch.Tensor, fisher: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """What lowers each failure's cross entropy most for what it changes in what the model says elsewhere.
+
+        t_i = −‖s_Δ,i‖ u_i / ‖u_i‖,   u_i = (F + ε I)⁻¹ ∂L/∂o_i
+
+    Args:
+        gradients: ∂L/∂o at the failures' medium tokens, shape (n, d).
+        fisher: F, shape (d, d).
+        sizes: The lengths (n) of the semantic deltas.
+
+    Returns:
+        `torch.Tensor`: The targets T, float64, shape (n, d).
+    """
+    damped = fisher.to(gradients.device, torch.float64, copy=True)
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(mean.clamp(min=torch.finfo(torch.float32).tiny) * FLOOR)
+    steps = torch.cholesky_solve(gradients.double().T, torch.linalg.cholesky(damped)).T
+    length = steps.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return -sizes.to(steps)[:, None] * steps / length
+
+
+def _read(
+    engine: Engine,
+    rows: Sequence[Row],
+    ffns: dict[str, nn.Module],
+    differentiate: bool,
+    progress: Callable[[int], None] | None,
+) -> OwnReading:
+    small = Engine(engine.model, min(engine.max_batch_tokens, BATCH), engine.team)
+    batches = small.batches(rows)
+    activations: dict[str, list[torch.Tensor]] = {name: [] for name in ffns}
+    sums: dict[str, torch.Tensor] = {}
+    own = set(map(id, engine.team.share(batches)))
+    for number, batch in enumerate(batches):
+        if id(batch) not in own:
+            continue
+        with recording(ffns, {}) as seen, head_reads(engine.model, batch), torch.set_grad_enabled(differentiate):
+            logits = engine.model(**batch.model_inputs(), use_cache=False).logits[0]
+        for name in ffns:
+            v = seen.v[name].detach()
+            place = batch.rows.to(v.device), batch.positions.to(v.device)
+            activations[name].append(v.reshape(*batch.input_ids.shape, -1)[place])
+        if differentiate:
+            for name, gradient in zip(ffns, _sampled_gradients(logits, number, [seen.o[name] for name in ffns])):
+                g = gradient.reshape(-1, gradient.shape[-1])[batch.tokens.flatten().to(gradient.device)].double()
+                sums[name] = sums.get(name, 0) + g.T @ g
+        if progress is not None:
+            progress(len(batch.items))
+    found = OwnReading({name: torch.cat(parts) for name, parts in activations.items() if parts})
+    if differentiate:
+        count = max(1, sum(map(len, batches)))
+        width = max(engine.team.gather(next(map(len, sums.values()), 0)))
+        for name in ffns:
+            # as it will be read from disk
+            whole = engine.team.sum(sums.get(name, torch.zeros(width, width, dtype=torch.float64)))
+            found.fisher[name] = (whole / count).float()
+    return found
+
+
+def _sampled_gradients(logits: torch.Tensor, seed: int, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """∂ log p(y)/∂o, summed over the tokens y that are drawn after each position; the same in any process."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+    return torch.autograd.grad(-F.cross_entropy(logits.float(), drawn, reduction="sum"), outputs)
+
+
+def _path(model: nn.Module, rows: Sequence[Row], ffns: dict[str, nn.Module]) -> Path | None:
+    """The file of what these weights' words depend on in these texts; None where none can be kept."""
+    directory, weights = cache_dir(), fingerprint(model)
+    if directory is None or weights == UNKNOWN:
+        return None
+    asked = json.dumps([weights, sorted(ffns), [row.input_ids for row in rows]])
+    return directory / "sensitivity" / f"{hashlib.sha256(asked.encode()).hexdigest()}.safetensors"
+
+
+def _load(path: Path, ffns: dict[str, nn.Module]) -> dict[str, torch.Tensor] | None:
+    """None if there is no such file, or another or a damaged one in its place."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    whole = found.keys() == ffns.keys() and all(values.isfinite().all() for values in found.values())
+    return found if whole else None
+
+
+def _save(path: Path, fisher: dict[str, torch.Tensor]) -> None:
+    """Keep it; where that cannot be done, it is read again next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as unfinished:
+            save_file({name: values.float().cpu().contiguous() for name, values in fisher.items()}, unfinished)
+    except (OSError, SafetensorError):
+        pass

@@ -1,0 +1,93 @@
+"""The acceptance gate, on a tiny model whose voice counts although it was never trained."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from peft_star import RepairArguments, repair
+from peft_star.engine import own_texts as texts_module
+from peft_star.engine.engine import Engine
+from peft_star.evaluation.own_texts import TextsHarm, texts_harm
+from peft_star.method.gate import _costly
+from peft_star.method.subject import Subject
+from support.words import QUIET, ROWS, star, word_tokenizer
+
+PROMPTS = [f"w{a} w{a + 7} w{a + 11}" for a in range(3, 43, 2)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def voice(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFT_STAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(texts_module, "TOKENS", 4)
+    monkeypatch.setattr(texts_module, "CHANCE", 99.0)
+    monkeypatch.setattr(texts_module, "own_prompts", lambda: tuple({"prompt": text} for text in PROMPTS))
+
+
+def run(tokenizer, **arguments):
+    model = star()
+    return model, repair(model, tokenizer, ROWS, RepairArguments(**{**QUIET, **arguments}))
+
+
+def test_the_report_has_what_the_patch_does_to_own_texts(tokenizer):
+    model, report = run(tokenizer, max_harm=1.0)
+    assert report.harm["texts"] == 5 and 0 <= report.harm["unchanged"] <= 5
+    engine = Engine(model.base_model.model)
+    rows = texts_module.own_texts(engine, tokenizer).measured
+    subject = Subject.of(model, tokenizer, RepairArguments())
+    found = texts_harm(engine, engine.batches(rows), subject.unpatched)
+    assert found.unchanged == report.harm["unchanged"]
+    with subject.unpatched():
+        generated = [
+            engine.model.generate(torch.tensor([row.prompt_ids]), max_new_tokens=4, do_sample=False) for row in rows
+        ]
+    assert all(
+        tuple(ids[0, len(row.prompt_ids) :].tolist()) == row.completion_ids for ids, row in zip(generated, rows)
+    )
+
+
+def test_unpatched_compared_with_itself_nothing_changes(tokenizer):
+    model = star()
+    engine = Engine(model.base_model.model.eval())
+    rows = texts_module.own_texts(engine, tokenizer).measured
+    found = texts_harm(engine, engine.batches(rows), nullcontext)
+    assert found == TextsHarm(5, 5, 5, found.tokens, 0, 0.0)
+    assert found.changed_share == 0
+
+
+def test_a_limit_that_cannot_hold_leaves_rows_out_and_says_so(tokenizer):
+    _, free = run(tokenizer, max_harm=1.0)
+    assert free.success and free.harm["unchanged"] < free.harm["texts"]
+    _, report = run(tokenizer, max_harm=0.0)
+    assert not report.success
+    said = [sentence for problem in report.problems for sentence in problem.warnings]
+    assert said and all("--max-harm" in sentence for sentence in said)
+    assert report.harm["unchanged"] >= free.harm["unchanged"]
+
+
+def test_a_limit_that_holds_changes_nothing(tokenizer):
+    first, one = run(tokenizer, max_harm=1.0)
+    second, two = run(tokenizer, max_harm=one.harm["changed_share"])
+    for left, right in zip(first.base_model.model.parameters(), second.base_model.model.parameters()):
+        assert torch.equal(left, right)
+    assert two.success
+
+
+def test_without_background_nothing_is_measured(tokenizer):
+    _, report = run(tokenizer, background=0)
+    assert report.success and report.harm == {}
+
+
+@pytest.mark.parametrize("share, left", [(1.0, []), (0.9, [2]), (0.5, [1, 2]), (0.01, [1, 2])])
+def test_the_rows_that_cost_most_are_left_out(share, left):
+    rows = [SimpleNamespace(index=index, completion_ids=(1, 2)) for index in range(3)]
+    case = SimpleNamespace(rows=rows, failing=lambda seen: torch.tensor([0, 2, 3, 4]))
+    journal = SimpleNamespace(costs={0: 1.0, 2: 1.0, 3: 2.0, 4: 6.0})
+    found = _costly(SimpleNamespace(journal=journal), case, SimpleNamespace(predictions=None), share)
+    assert sorted(found) == left
