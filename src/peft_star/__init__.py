@@ -6,17 +6,26 @@ register()
 
 from .method.arguments import RepairArguments  # noqa: E402
 from .method.callbacks import RepairCallback, RepairState  # noqa: E402
+from .method.check import CheckReport, check  # noqa: E402
 from .method.prior_guided import PriorGuidedSGD  # noqa: E402
 from .method.repair import RepairInterrupted, prepare, repair  # noqa: E402
+from .method.revert import RevertReport, revert  # noqa: E402
 from .method.unfinished import Unfinished  # noqa: E402
 from .models.fingerprint import fingerprint  # noqa: E402
 from .report import RepairReport  # noqa: E402
+from .sharing.combine import diff, stack  # noqa: E402
+from .sharing.entries import Entry  # noqa: E402
+from .sharing.ledger import Ledger  # noqa: E402
+from .sharing.recorded import log, revert_patch  # noqa: E402
 from .tuner import Linear, StarConfig, StarLayer, StarModel  # noqa: E402
 from .tuner.patches import combine_patches, export_lora, swap_patch  # noqa: E402
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "CheckReport",
+    "Entry",
+    "Ledger",
     "Linear",
     "PriorGuidedSGD",
     "RepairArguments",
@@ -24,14 +33,21 @@ __all__ = [
     "RepairInterrupted",
     "RepairReport",
     "RepairState",
+    "RevertReport",
     "StarConfig",
     "StarLayer",
     "StarModel",
     "Unfinished",
+    "check",
     "combine_patches",
+    "diff",
     "export_lora",
     "fingerprint",
+    "log",
     "prepare",
     "repair",
+    "revert",
+    "revert_patch",
+    "stack",
     "swap_patch",
 ]

@@ -59,12 +59,12 @@ class FailureRecord:
 class RowRecord:
     """One row, before and after.
 
-    `source` is "failures", "retain" or "related"; `problem` is the problem that the row names. `exact_*`: every
-    completion token right teacher-forced. `generated_*`: the text of greedy generation, and `generation_exact_*`
-    whether it equals the completion (None when not generated). `goes_on`: what the model says next, after a completion
-    of the failures that it generates right now and that says nothing of where it ends (None: not looked at). `row` is
-    the row's index, from 0; `line` is how people count it, from 1: its line in the file that it was read from, or its
-    number among the rows; `id` is what it is called elsewhere.
+    `source` is "failures", "retain", "related" or "earlier" (of an earlier repair of the patch); `problem` is the
+    problem that the row names. `exact_*`: every completion token right teacher-forced. `generated_*`: the text of
+    greedy generation, and `generation_exact_*` whether it equals the completion (None when not generated). `goes_on`:
+    what the model says next, after a completion of the failures that it generates right now and that says nothing of
+    where it ends (None: not looked at). `row` is the row's index, from 0; `line` is how people count it, from 1: its
+    line in the file that it was read from, or its number among the rows; `id` is what it is called elsewhere.
     """
 
     source: str
@@ -231,6 +231,10 @@ class RepairReport:
         arguments, config: The settings of the run.
         interrupted: The run was stopped before it was done.
         problems: One [`ProblemRecord`] per problem that a row names, and one for the rows that name none.
+        earlier: Of the rows of earlier repairs that had to stay right: `rows`, `right` before, and `broken`. Only
+            those that broke are among `rows`.
+        warnings: A sentence each about the patch as a whole.
+        entry: The id of the repair's entry in the patch's ledger; "": it made none.
         harm: What the patch does to texts that the model says by itself, as `evaluation.TextsHarm`; empty: not
             measured.
     """
@@ -247,6 +251,9 @@ class RepairReport:
     versions: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     problems: list[ProblemRecord] = field(default_factory=list)
+    earlier: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    entry: str = ""
     harm: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -264,11 +271,12 @@ class RepairReport:
 
     @property
     def success(self) -> bool:
-        """Every failure solved, every failing row right by every check made, and nothing retained broken. Related rows
-        are only looked at."""
+        """Every failure solved, every failing row right by every check made, and nothing broken that was retained or
+        that an earlier repair holds. Related rows are only looked at."""
         repaired = all(row.is_right for row in self.rows if row.source == "failures")
-        retained = not any(token.source == "retain" for token in self.broken)
-        retained = retained and not any(row.broken for row in self.rows if row.source == "retain")
+        held = ("retain", "earlier")
+        retained = not any(item.source in held for item in self.broken)
+        retained = retained and not any(row.broken for row in self.rows if row.source in held)
         return repaired and retained and not self.interrupted and not self.too_harmful
 
     @property
@@ -314,6 +322,8 @@ class RepairReport:
         if generated:
             result["rows_generated_exact_before"] = sum(bool(row.generation_exact_before) for row in generated)
             result["rows_generated_exact_after"] = sum(bool(row.generation_exact_after) for row in generated)
+        if self.earlier:
+            result["earlier_rows"], result["earlier_rows_broken"] = self.earlier["rows"], self.earlier["broken"]
         if self.harm:
             result["own_texts"] = self.harm["texts"]
             result["own_texts_unchanged"] = self.harm["unchanged"]
@@ -374,6 +384,9 @@ class RepairReport:
             f"{figures['steps']} steps.",
             "",
         ]
+        if self.earlier:
+            count, broken = self.earlier["rows"], self.earlier["broken"]
+            lines += [f"The patch has earlier repairs: of {count} rows of theirs, {broken} broke.", ""]
         if self.harm:
             lines += [
                 f"{self.harm['unchanged']} of {self.harm['texts']} texts that the model says by itself come out "
@@ -412,6 +425,7 @@ class RepairReport:
             for problem in self.problems
             for text in problem.warnings
         ]
+        told += map(escaped, self.warnings)
         lines += [*(f"- Warning: {text}" for text in told), ""] if told else []
         if self.broken:
             lines += ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
@@ -490,6 +504,11 @@ def _checked(record: Any) -> Any:
         for name, value in getattr(record, what, {}).items():
             if not isinstance(value, (int, float)):
                 raise TypeError(f"the {what} of {name} are {type(value).__name__}")
+    earlier = getattr(record, "earlier", {})
+    if earlier and not all(isinstance(earlier.get(name), int) for name in ("rows", "right", "broken")):
+        raise TypeError("what is said of earlier repairs is no counts")
+    if not all(isinstance(text, str) for text in getattr(record, "warnings", [])):
+        raise TypeError("a warning is no text")
     for act in getattr(record, "acts", []):
         if not all(isinstance(text, str) for text in (act["how"], *act["tokens"], *act["layers"])):
             raise TypeError("where it acts is no text")
@@ -507,6 +526,7 @@ _KINDS: dict[str, Any] = {
     "bool | None": (bool, _NONE),
     "list[int]": list,
     "dict[str, float]": dict,
+    "dict[str, int]": dict,
     "list[dict[str, Any]]": list,
     "list[str]": list,
 }

@@ -41,3 +41,16 @@ def patch(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["repair", str(tiny_dir), str(rows), "-o", str(directory / "patch"), *SOLVABLE])
     assert exit_.value.code in (0, None)
     return directory / "patch"
+
+
+@pytest.fixture(scope="session")
+def twice(patch: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That patch after a second repair. Not to be written to."""
+    directory = tmp_path_factory.mktemp("twice")
+    rows = directory / "failures.jsonl"
+    rows.write_text('{"prompt": "xyz", "completion": "!"}\n')
+    words = ["--adapter", str(patch), "--note", "the second"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["repair", str(tiny_dir), str(rows), "-o", str(directory / "patch"), *words, *SOLVABLE])
+    assert exit_.value.code in (0, None)
+    return directory / "patch"

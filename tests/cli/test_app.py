@@ -12,7 +12,22 @@ import peft_star
 from peft_star.cli import app as cli_app
 from support.command_line import Run, is_one_sentence
 
-COMMANDS = ["repair", "inspect", "report", "compare", "evaluate", "merge", "export", "push", "demo"]
+COMMANDS = [
+    "repair",
+    "inspect",
+    "log",
+    "check",
+    "report",
+    "compare",
+    "evaluate",
+    "diff",
+    "revert",
+    "stack",
+    "merge",
+    "export",
+    "push",
+    "demo",
+]
 
 
 def test_help_and_version_from_a_shell() -> None:

@@ -20,7 +20,7 @@ import typer.main
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_star import RepairArguments, RepairCallback, RepairReport, StarConfig
+from peft_star import RepairArguments, RepairCallback, RepairReport, StarConfig, log
 from peft_star.cli import app as cli_app
 from peft_star.cli import main as cli_main
 from peft_star.cli import patches as cli_patches
@@ -114,6 +114,8 @@ def test_repair_writes_a_patch_that_peft_loads(
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "repair_ledger.json",
+        "repair_ledger.safetensors",
         "repair_report.json",
         "repair_report.times.json",
         "report.png",
@@ -133,6 +135,42 @@ def test_repair_writes_a_patch_that_peft_loads(
     inputs = build_tokenizer()("a b", return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert build_tokenizer().decode(generated[0]) == "a bcd"
+
+
+def test_a_repair_builds_upon_a_patch(
+    run: Run, tiny_dir: Path, patch: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(patch, tmp_path / "mine"))
+    rows = write_rows("more.jsonl", ("xyz", "!"))
+    again = ("repair", tiny_dir, rows, "--adapter", mine, "--note", "more", *SOLVABLE)
+    result = run(*again, "-o", mine)
+    assert result.code == 2 and "is not empty; give --overwrite" in result.err
+    # what it builds upon may be what it replaces
+    result = run(*again, "-o", mine, "--overwrite")
+    assert result.code == 0, result.err
+    assert "earlier repairs' rows broken  0 of 1" in result.err
+    assert [entry.note for entry in log(mine).entries] == ["", "more"]
+    assert (
+        "--adapter mine" in (mine / "README.md").read_text() and str(tmp_path) not in (mine / "README.md").read_text()
+    )
+    assert run("check", tiny_dir, mine).code == 0
+    # but nothing that holds it
+    inside = ("repair", tiny_dir, rows, "--adapter", mine, "-o", tmp_path, "--overwrite")
+    assert run(*inside).code == 2 and log(mine).entries
+    assert run("repair", tiny_dir, rows, "--adapter", "./nowhere", "-o", tmp_path / "x").code == 2
+
+
+def test_a_patch_to_build_upon_keeps_its_settings_unless_asked_otherwise(
+    run: Run, tiny_dir: Path, patch: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = write_rows("more.jsonl", ("xyz", "!"))
+    settings = ("--lr", "0.05", "--steps", "200", "--adapter", patch)
+    kept = run("repair", tiny_dir, rows, "-o", tmp_path / "kept", *settings, "--json").json
+    asked = run(
+        "repair", tiny_dir, rows, "-o", tmp_path / "asked", *settings, "--neurons", "5", "--layers", "all", "--json"
+    )
+    assert kept["config"]["scope"]["num_neurons"] == 32 and asked.json["config"]["scope"]["num_neurons"] == 5
+    assert len(kept["layers"]) == 1 and len(asked.json["layers"]) > 1
 
 
 def test_related_rows_are_looked_at_and_told(
@@ -532,8 +570,15 @@ def test_a_save_that_peft_refuses_keeps_patch_and_report(
     monkeypatch.setattr(PeftModel, "save_pretrained", refuse)
     result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", "--json", *SOLVABLE)
     kept = kept_in(tmp_path, result)
-    files = ["adapter_config.json", "adapter_model.safetensors", "repair_report.json", "repair_report.times.json"]
-    assert names(kept) == files
+    assert names(kept) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "repair_ledger.json",
+        "repair_ledger.safetensors",
+        "repair_report.json",
+        "repair_report.times.json",
+    ]
+    assert len(log(kept)) == 1
     assert RepairReport.load(kept / "repair_report.json").success
 
 

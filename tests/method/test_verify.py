@@ -46,6 +46,7 @@ def test_the_slots_of_retained_rows_lie_behind(tokenizer):
     assert case.parts == {
         "failures": (case.rows, slice(6)),
         "retain": (case.retained, slice(6, 11)),
+        "earlier": ((), slice(11, 11)),
         "related": ((), slice(11, None)),
     }
     nothing = case.nothing_seen()

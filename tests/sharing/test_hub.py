@@ -289,6 +289,46 @@ def test_a_branch(hub: Hub, client: Client, local: Callable[..., Path], pushed: 
     assert "no such revision of me/branches" in client.refuse("inspect", "me/branches", "--revision", "nowhere")
 
 
+def test_the_ledger_goes_along_with_each_revision(
+    hub: Hub, client: Client, pushed: Path, local: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Read by the Hub id, gone on with by a repair, and gone with a patch that has none."""
+    (entry,) = client.run("log", "me/patch", "--json")["json"]["entries"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "xyz", "completion": "!"}\n')
+    words = ("--adapter", "me/patch", "-o", tmp_path / "more", "--push-to-hub", "me/ledger")
+    client.run("repair", "me/tiny", rows, *words, *SOLVABLE)
+    client.run("push", pushed, "me/ledger", "--revision", "first")
+    found = client.run("log", "me/ledger", "--json")["json"]
+    assert found["entries"][0] == entry and len(found["entries"]) == 2 and found["unaccounted"] < 1e-4
+    assert client.run("log", "me/ledger", "--revision", "first", "--json")["json"]["entries"] == [entry]
+    assert client.run("check", "me/tiny", "me/ledger", "--json")["json"]["summary"]["failures"] == 2
+    assert "name a directory" in client.refuse("revert", "me/ledger", "1")
+    client.run("revert", "me/ledger", "1", "-o", tmp_path / "less", "--base", "me/tiny")
+    count = client.python(
+        LOGITS
+        + """
+import peft_star
+from peft import PeftModel
+models = [PeftModel.from_pretrained(base(), "me/ledger", revision=revision) for revision in ("main", "first")]
+value = [len(model.peft_config["default"].ledger) for model in models]
+"""
+    )
+    assert count == [2, 1]
+    client.python(
+        """
+import peft_star
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/tiny"), "me/ledger").push_to_hub("me/again")
+"""
+    )
+    assert len(client.run("log", "me/again", "--json")["json"]["entries"]) == 2
+    client.run("push", local(), "me/ledger")
+    assert client.run("log", "me/ledger", "--json")["json"]["entries"] == []
+    assert not [name for name in hub.repos["me/ledger"].files() if "ledger" in name]
+
+
 def test_a_private_repository(hub: Hub, client: Client, local: Callable[..., Path]) -> None:
     patch = local()
     client.run("push", patch, "me/private", "--private")

@@ -152,6 +152,8 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         for text in problem.warnings:
             about = f" ({visible(problem.name)})" if problem.name else ""
             console.print(f"[yellow]Warning{about}:[/] {visible(text)}", soft_wrap=True)
+    for text in report.warnings:
+        console.print(f"[yellow]Warning:[/] {visible(text)}", soft_wrap=True)
     if report.broken:
         table = Table("in", "row", "context", "expected", "now", title="Broken tokens", title_justify="left")
         for token in report.broken[:SHOWN_ROWS]:
@@ -169,12 +171,17 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
         table.add_row("rows generated right", generated)
     if figures["retained_rows"]:
         table.add_row("retained rows broken", f"{figures['retained_rows_broken']} of {figures['retained_rows']}")
+    if "earlier_rows" in figures:
+        broken = f"{figures['earlier_rows_broken']} of {figures['earlier_rows']}"
+        table.add_row("earlier repairs' rows broken", broken)
     if "related_rows" in figures:
         carried = f"{figures['related_fixed']} and {figures['related_broken']} of {figures['related_rows']}"
         table.add_row("related rows fixed, broken", carried)
     table.add_row("tokens broken", str(figures["tokens_broken"]))
     if layers:
         table.add_row("patched", f"{figures['neurons']} neurons in {figures['layers']} layers")
+    if report.entry:
+        table.add_row("entry", visible(report.entry))
     phases = ", ".join(f"{visible(name)} {seconds:.1f}" for name, seconds in report.seconds.items())
     table.add_row("steps", str(figures["steps"]))
     if phases:

@@ -10,6 +10,8 @@ from rich.table import Table
 from ..files import bytes_of
 from ..loading import REPORT_NAME, find_patch, read_patch_config, read_patch_modules
 from ..report import RepairReport
+from ..sharing.ledger import Ledger
+from ..sharing.patch_files import LEDGER_CHECKSUM
 from .app import Json, Patch, Token, command, finish
 from .console import escape, format_size, print_report, stderr_console
 
@@ -27,6 +29,8 @@ def inspect(
     modules, others = read_patch_modules(directory)
     report = RepairReport.load(directory / REPORT_NAME) if (directory / REPORT_NAME).is_file() else None
     size = bytes_of(directory)
+    ledger = Ledger.read(directory, config.get(LEDGER_CHECKSUM))
+    repairs = len(ledger.standing) if ledger else 0
     result = {
         "patch": patch,
         "base_model": config.get("base_model_name_or_path"),
@@ -37,6 +41,7 @@ def inspect(
         "modules": modules,
         "modules_to_save": others,
         "config": config,
+        "repairs": repairs,
         "report": report.to_dict() if report else None,
     }
     if not as_json:
@@ -47,6 +52,8 @@ def inspect(
             f"{len(modules)} layers, {result['neurons']} neurons, {result['parameters']} parameters"
             + (f"; also saved: {escape(', '.join(others))}" if others else "")
         )
+        if repairs:
+            console.print(f"Repairs in its ledger: {repairs} (`peft-star log` shows them)")
         table = Table("module", "neurons", "outputs", "norm", "largest", box=None, pad_edge=False)
         for module in modules:
             table.add_row(

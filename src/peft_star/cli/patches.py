@@ -107,6 +107,7 @@ def keep_patch(model: Any, report: RepairReport, path: Path) -> Path:
             write_adapter(directory, {}, tensors)
             config = copy.copy(model.peft_config["default"])
             config.inference_mode, config.lora_twin, config.repaired = True, False, None
+            ledger, config.ledger, config.ledger_sha256 = config.ledger, None, None
             config.save_pretrained(directory)  # in the place of the empty one
         except Exception:  # a full disk is one of safetensors' own kind
             if directory is not None:
@@ -114,6 +115,8 @@ def keep_patch(model: Any, report: RepairReport, path: Path) -> Path:
             continue
         with contextlib.suppress(Exception):  # what went wrong before may do so again
             report.save(directory / REPORT_NAME)
+            config.ledger = ledger
+            config.save_pretrained(directory)
         return directory
     raise OSError(f"The patch could not be saved in {path}, nor beside it, nor among temporary files.")
 

@@ -13,6 +13,7 @@ from .. import RepairArguments, RepairInterrupted, StarConfig, Unfinished
 from .. import repair as run_repair
 from ..engine.distributed import launched
 from ..failures import read_rows
+from ..loading import load_patch
 from ..row_checks import check_contradictions
 from ..sharing.card import short_name
 from ..sharing.hub import check_repo_id, check_token
@@ -37,9 +38,9 @@ from .app import (
 )
 from .console import escape, format_size, is_main, print_report, progress, quiet, stderr_console
 from .options import options_of, parse_amount
-from .patches import push_patch, save_patch
+from .patches import check_patches, find_patches, push_patch, save_patch
 
-LEFT_OUT = ("disable_tqdm", "allow_other_base")  # the progress shown is the command's own
+LEFT_OUT = ("disable_tqdm",)  # the progress shown is the command's own
 CONFIG = options_of(StarConfig, {"num_neurons": "--neurons"}, only=("num_neurons", "neuron_pattern"))
 ARGUMENTS = options_of(
     RepairArguments,
@@ -66,6 +67,12 @@ def repair(
     ],
     output: PatchOutput,
     *,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATCH", help="A patch of MODEL to build upon: what it has repaired must stay right, too."
+        ),
+    ] = None,
     retain: Annotated[
         Path | None, typer.Option(metavar="RETAIN.jsonl", help="Rows of the same form that must stay right.")
     ] = None,
@@ -104,7 +111,10 @@ def repair(
     selection = parse_layers(layers)
     run_arguments = RepairArguments(**arguments, disable_tqdm=True)
     star_config = StarConfig(task_type="CAUSAL_LM", revision=revision, **config, **selection)
-    check_patch_output(output, overwrite, inputs=(failures, retain, related, model))
+    found = find_patches([adapter] if adapter else [], token=token)
+    # a patch that is built upon may be replaced by what is built
+    sources = [patch.directory for patch in found if patch.directory.resolve() != output.expanduser().resolve()]
+    check_patch_output(output, overwrite, inputs=(failures, retain, related, model, *sources))
     rows = read_rows(failures)
     others = {"retain": read_rows(retain) if retain else None, "related": read_rows(related) if related else None}
     check_contradictions(rows, others["retain"] or ())
@@ -121,8 +131,11 @@ def repair(
     with launched() as device:
         place = {"device_map": device_map or device, "dtype": dtype}
         base, tokenizer = load_base(model, as_json, **place, revision=revision, token=token)
+        check_patches(base, found, run_arguments.allow_other_base, "builds upon")
         with quiet():
-            patched = get_peft_model(base, star_config)
+            patched = get_peft_model(base, star_config) if not found else load_patch(base, found[0].directory)
+        if found:
+            _ask_for(patched.peft_config["default"], {**config, **selection})
         with progress(as_json) as callback, quiet():
             try:
                 report = run_repair(patched, tokenizer, rows, run_arguments, **given, callbacks=[callback])
@@ -133,6 +146,7 @@ def repair(
 
     # as a reader can repeat it: options that differ from their defaults, and no path of this machine
     words = ["peft-star", "repair", short_name(model), failures.name, "-o", "PATCH"]
+    words += ["--adapter", short_name(adapter)] if adapter else []
     words += ["--retain", retain.name] if retain else []
     words += ["--related", related.name] if related else []
     words += CONFIG.words(config)
@@ -164,6 +178,15 @@ def repair(
     finish(result, as_json)
     if not report.success:
         raise typer.Exit(EXIT_UNSOLVED)
+
+
+def _ask_for(config: StarConfig, values: dict[str, Any]) -> None:
+    """Let a patch's configuration have the options that are not at their defaults; else its own settings hold."""
+    for name, value in values.items():
+        if value != getattr(StarConfig, name):
+            setattr(config, name, value)
+            if name == "num_neurons" and config.scope:
+                config.scope["num_neurons"] = value
 
 
 def parse_layers(text: str) -> dict[str, Any]:

@@ -77,6 +77,11 @@ class RepairArguments:
             again without reaching beyond its rows, and then without the rows that cost most, which are reported. 1:
             as many as it takes. Without `background` nothing is measured.
         verify_generation (`bool`): Also generate greedily before and after, and compare with the completions.
+        keep_earlier (`bool`): What earlier repairs of the patch have solved or retained must stay right: their rows,
+            from the patch's ledger, are treated like retained ones.
+        ledger_rows (`bool`): The ledger keeps the rows, so that a later repair can look at them and `check` run them
+            again. Without, it keeps the neurons' activations at the failing tokens, which a later repair protects.
+        note (`str`): What the ledger's entry says of the repair.
         allow_other_base (`bool`): Build upon a patch although it was solved for other base weights.
         disable_tqdm (`bool`): No progress bars.
 
@@ -179,6 +184,15 @@ class RepairArguments:
             )
         },
     )
+    keep_earlier: bool = field(
+        default=True,
+        metadata={"help": "Whether what earlier repairs of the patch solved must stay right, or may break."},
+    )
+    ledger_rows: bool = field(
+        default=True,
+        metadata={"help": "Whether the patch's ledger keeps the rows, or activations at the failing tokens alone."},
+    )
+    note: str = field(default="", metadata={"help": "What the ledger's entry says of the repair."})
     allow_other_base: bool = field(
         default=False, metadata={"help": "Build upon a patch although it was solved for other base weights."}
     )
@@ -196,6 +210,8 @@ class RepairArguments:
             _count(name, getattr(self, name))
         if isinstance(self.background, bool) or not isinstance(self.background, int) or self.background < 0:
             raise ValueError(f"`background` is {self.background!r}; give a number of tokens, or 0 for no protection.")
+        if not isinstance(self.note, str):
+            raise TypeError(f"`note` is {self.note!r}; give text.")
         _choice("mode", self.mode, MODES)
         _choice("algorithm", self.algorithm, ALGORITHMS)
         _choice("reach", self.reach, REACHES)

@@ -22,9 +22,11 @@ from ..engine.recording import leaving, recording_inputs, run_until_left
 from ..failures import Row
 from ..models import structure
 from ..models.inputs import input_device
+from ..models.names import plain_name
 from ..tuner.layer import count_of
 from .background import background_activations, floor_of
 from .best import keeping_best
+from .history import earlier_keys
 from .namesakes import namesakes
 from .objective import Goal
 from .subject import HeldLayer, Run
@@ -218,6 +220,9 @@ class _Reader:
         if retained:
             texts = [row.input_ids for row in retained]
             protect(texts, [range(len(ids)) for ids in texts])
+        for name, keys in earlier_keys(self.run).items():
+            for ours in (ours for ours in parts if plain_name(ours) == name):
+                parts[ours].append(keys.to(self.model.device) / max(1, len(keys)) ** 0.5)
         return {name: torch.cat(found) for name, found in parts.items() if found}
 
     def locate(self, v: dict[str, torch.Tensor], protection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

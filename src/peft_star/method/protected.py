@@ -24,9 +24,11 @@ from torch import nn
 from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.predictions import Predictions
+from ..models.names import plain_name
 from .background import WINDOW, background_activations, moment_factor
 from .best import Best
 from .bystanders import Bystanders
+from .history import earlier_keys
 from .objective import Goal
 from .semantics import traced_semantics
 from .sensitivity import OwnReading, natural_targets, read_own_texts
@@ -79,7 +81,8 @@ def solve(
     run: Run, located: dict[str, torch.Tensor], traced: Trace, kept: Sequence[Batch] = ()
 ) -> tuple[list[HeldLayer], Protection]:
     """The located neurons in the adapter, and what they do where they are to answer to nothing: on background text, in
-    the rows that are `kept`, and with `reach="problem"` beside the failures."""
+    the rows that are `kept`, at the failures of earlier repairs that kept no rows, and with `reach="problem"` beside
+    the failures."""
     tokens, team = run.args.background, run.engine.team
     with run.journal.phase("solve", -(-tokens // WINDOW)):
         layers = run.subject.hold(located)
@@ -97,13 +100,15 @@ def solve(
         beside = [bystanders] if bystanders else []
         if kept:
             beside.append(Bystanders.of(run.engine, kept, traced.medium, ffns, neurons))
-        factors = []
+        factors, keys = [], earlier_keys(run)
         for layer in layers:
             groups = [_of_neurons(shown.get(layer.name), layer.neurons)]
             if texts:
                 groups.append(_of_neurons(own.activations.get(layer.name), layer.neurons))
-            others = (found.activations[layer.name].to(groups[0].device) for found in beside)
-            factors.append(moment_factor(*groups, *others, team=team))
+            groups += [found.activations[layer.name].to(groups[0].device) for found in beside]
+            if plain_name(layer.name) in keys:
+                groups.append(_of_neurons(keys[plain_name(layer.name)], layer.neurons).to(groups[0]))
+            factors.append(moment_factor(*groups, team=team))
     return layers, Protection(factors, [own.fisher.get(layer.name) for layer in layers], bystanders)
 
 

@@ -156,7 +156,12 @@ def make_report(
         if rows:
             was, now = before.predictions[slots], after.predictions[slots]
             records = Records(source, rows, was, now, run.subject.tokenizer)
-            report.rows += records.of_rows(before.generated.get(source), after.generated.get(source))
+            found = records.of_rows(before.generated.get(source), after.generated.get(source))
+            if source == "earlier":  # they may be hundreds
+                right = sum(row.was_right for row in found)
+                report.earlier = {"rows": len(found), "right": right, "broken": sum(row.broken for row in found)}
+                found = [row for row in found if row.broken]
+            report.rows += found
             report.broken += records.broken()
             if source == "failures":
                 report.failures = records.failures()
@@ -183,6 +188,8 @@ def problem_records(report: RepairReport, rows: Sequence[Row], journal: Journal,
     unnamed = next(iter(names.values())) if len(set(names.values())) == 1 else ""
     problems = {name: ProblemRecord(name) for name in names.values()}
     for row in report.rows:
+        if row.source == "earlier":
+            continue
         name = row.problem or ("" if row.source == "failures" else unnamed)
         problems.setdefault(name, ProblemRecord(name)).count(row)
     for item in report.failures:

@@ -19,12 +19,14 @@ from ..failures import Row
 from ..models.fingerprint import fingerprint
 from ..report import RepairReport
 from ..row_checks import check_contradictions
+from ..sharing.entries import SOURCES
 from ..tuner.patches import remember_report
 from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
 from .callbacks import Journal, RepairCallback
 from .gate import within_limits
+from .history import History, failing_activations, ledger_rows
 from .locate import locate
 from .objective import Goal
 from .records import make_report
@@ -56,7 +58,8 @@ def repair(
     """Find the failing tokens of `failures`, patch the neurons that cause them, and verify the patch.
 
     The model's active STAR adapter holds the patch afterwards; base weights are not touched. Deltas that the adapter
-    had before are kept and built upon.
+    had before are kept and built upon, and what earlier repairs of the patch have solved or retained must stay right:
+    its ledger (`model.peft_config[adapter].ledger`) has their rows, and gets an entry for this one.
 
     Args:
         model: A `PeftModel` from `get_peft_model(base, StarConfig(...))` or `PeftModel.from_pretrained`.
@@ -82,14 +85,17 @@ def repair(
     """
     args = args or RepairArguments()
     subject = Subject.of(model, tokenizer, args)
-    rows = _encode(subject, failures, retain, related)
+    rows, raw = _encode(subject, failures, retain, related)
+    history = History.of(subject, args, raw)
+    earlier = history.earlier()
+    rows.append(subject.encode(earlier, "earlier repairs' row") if earlier else [])
     start = AdapterState.of(subject)
 
     def attempt(tokens: int) -> RepairReport:
         # what an earlier attempt has left is taken back: what failed before is seen without a patch
         if tokens < args.max_batch_tokens:
             start.put_back(subject)
-        return _repair(subject, replace(args, max_batch_tokens=tokens), callbacks, rows, unfinished, start)
+        return _repair(subject, replace(args, max_batch_tokens=tokens), callbacks, rows, unfinished, start, history)
 
     try:
         return halving(attempt, args.max_batch_tokens, max(len(row) for part in rows for row in part))
@@ -105,13 +111,14 @@ def _repair(
     given: Sequence[list[Row]],
     unfinished: Unfinished | None,
     start: AdapterState,
+    history: History,
 ) -> RepairReport:
     """[`repair`] in batches that memory may not hold."""
     journal = Journal(args, callbacks)
-    rows, retained, related = given
+    rows, retained, related, earlier = given
     interrupted = after = harm = None
     with _running(subject, args, journal, given) as run:
-        case = Case.of(run.engine, rows, retained, related)
+        case = Case.of(run.engine, rows, retained, related, earlier)
         before, traced = look_before(run, case)
         seen = look_at_related(run, case, before) if related else before
         if unfinished is not None:
@@ -128,6 +135,8 @@ def _repair(
         subject.config.base_fingerprint = fingerprint(subject.base)
         now = verify(run, case, after, args.verify_generation and not interrupted)
         report = make_report(run, case, seen, now, harm, interrupted is not None)
+        keys = {} if args.ledger_rows else failing_activations(run, case, seen)
+    history.record(report, ledger_rows(case, history.given, seen, now) if args.ledger_rows else (), keys)
     remember_report(subject.model, subject.adapter, report)
     journal.call("on_repair_end")
     if interrupted is not None:
@@ -154,7 +163,7 @@ def prepare(
     """
     args = args or RepairArguments(disable_tqdm=True)
     subject, journal = Subject.of(model, tokenizer, args), Journal(args, ())
-    rows, _, _ = _encode(subject, failures)
+    (rows, _, _), _ = _encode(subject, failures)
     with _running(subject, args, journal, rows) as run:
         batches = run.engine.batches(rows)
         with journal.phase("trace", run.engine.team.rows(batches)):
@@ -166,8 +175,10 @@ def prepare(
     return {name: delta.star_prior for name, delta in deltas.items()}
 
 
-def _encode(subject: Subject, failures: Any, retain: Any = None, related: Any = None) -> list[list[Row]]:
-    """The failures, the retained and the related rows as tokens, after a look whether they agree."""
+def _encode(
+    subject: Subject, failures: Any, retain: Any = None, related: Any = None
+) -> tuple[list[list[Row]], dict[str, Any]]:
+    """The failures, the retained and the related rows as tokens and as given, after a look whether they agree."""
     given: list[Any] = [
         rows if rows is None or isinstance(rows, (str, bytes, dict, list)) else list(rows)
         for rows in (failures, retain, related)
@@ -178,7 +189,7 @@ def _encode(subject: Subject, failures: Any, retain: Any = None, related: Any = 
         for number, (rows, name) in enumerate(zip(given, names))
     ]
     check_contradictions(given[0], given[1] or ())
-    return encoded
+    return encoded, dict(zip(SOURCES, given))
 
 
 @contextmanager
@@ -260,7 +271,7 @@ def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions |
     if not any(row.focus for row in rows):
         return run, None
     how = {row.index: "focus" if given.focus else "found focus" for row, given in zip(rows, case.rows)}
-    now = focused.patch(run, goal, rows, case.retained, how)
+    now = focused.patch(run, goal, rows, case.held, how)
     if now is not None:
         # what was recorded of the layers below is no longer so
         run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))

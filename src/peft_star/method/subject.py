@@ -19,6 +19,7 @@ from ..failures import Row, encode_rows
 from ..models import structure
 from ..models.fingerprint import check_base
 from ..models.inputs import context_length
+from ..models.names import plain_name
 from ..tuner.config import StarConfig
 from ..tuner.layer import StarLayer, count_of, star_layers
 from ..tuner.model import StarModel
@@ -46,7 +47,8 @@ class Subject:
         tokenizer: Its tokenizer.
         adapter: The adapter's name.
         num_neurons: Neurons of each layer, as asked for; what is found for one failure is recorded in the config.
-        decoder_of: Per module that carries the adapter at the start its decoder layer.
+        decoder_of: Per module that the adapter may patch its decoder layer: those that carry it at the start, and
+            those that carried it before its first repair (the configuration's `scope`).
         decoder_layers: The decoder layers that may be patched, in order of depth; nothing below them needs a gradient.
     """
 
@@ -85,18 +87,24 @@ class Subject:
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
             raise ValueError(f"{type(base).__name__} has no LM head; repair() needs a causal language model.")
         layers, patched = dict(structure.find_decoder_layers(base)), star_layers(base, adapter)
-        decoder_of = {name: next((layer for layer in layers if name.startswith(f"{layer}.")), "") for name in patched}
+        known = set((config.scope or {}).get("modules", ()))
+        decoder_of = {
+            name: next((layer for layer in layers if name.startswith(f"{layer}.")), "")
+            for name, _ in base.named_modules()
+            if name in patched or plain_name(name) in known
+        }
         orphan = next((name for name, layer in decoder_of.items() if not layer), None)
         if orphan is not None:
             raise ValueError(f"The target module {orphan} lies in no decoder layer; leave it out of `target_modules`.")
+        num_neurons = (config.scope or {}).get("num_neurons", config.num_neurons)
         for name, layer in patched.items():
             _check_layer(name, layer, adapter, base.get_output_embeddings().weight)
-            count_of(config.num_neurons, layer.in_features, f"neurons of {name}")
+            count_of(num_neurons, layer.in_features, f"neurons of {name}")
         within = [name for name in layers if name in set(decoder_of.values())]
         within = candidate_layers(within, config.layer_selection, config.num_layers)
         check_base(base, config.to_dict(), allow_mismatch=args.allow_other_base)
         # retargeting overwrites the config's `num_neurons`
-        return cls(model, tokenizer, adapter, config.num_neurons, decoder_of, {name: layers[name] for name in within})
+        return cls(model, tokenizer, adapter, num_neurons, decoder_of, {name: layers[name] for name in within})
 
     @property
     def base(self) -> PreTrainedModel:
@@ -123,12 +131,13 @@ class Subject:
             )
         return encode_rows(rows, self.tokenizer, context_length(self.base), name=name)
 
-    def ffns(self) -> dict[str, nn.Module]:
-        """The second matrices that may be patched, whose inputs are the neurons' activations.
+    def ffns(self, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
+        """The second matrices that may be patched, or those of these names, whose inputs are the neurons' activations.
 
         Layers that lose the adapter stay among them for the next failure of this repair.
         """
-        names = [name for name, layer in self.decoder_of.items() if layer in self.decoder_layers]
+        if names is None:
+            names = [name for name, layer in self.decoder_of.items() if layer in self.decoder_layers]
         modules = {name: self.base.get_submodule(name) for name in names}
         # a mixture's experts show their activations through a module of their own, which only the adapter has
         return {
@@ -139,6 +148,9 @@ class Subject:
 
     def hold(self, located: dict[str, torch.Tensor]) -> list[HeldLayer]:
         """Give the adapter the located neurons, besides those that hold a delta already, which is kept."""
+        if self.config.scope is None:
+            modules = sorted(map(plain_name, self.decoder_of))
+            self.config.scope = {"modules": modules, "num_neurons": self.num_neurons}
         self.model.base_model.retarget(self.adapter, located, keep_deltas=True)
         layers = self.layers()
         return [

@@ -40,7 +40,9 @@ class AdapterState:
         adapter, layers = subject.adapter, {}
         for name, layer in subject.layers().items():
             layers[name] = layer.star_neurons[adapter].cpu().clone(), layer.star_delta[adapter].detach().cpu().clone()
-        return cls(layers, copy.deepcopy({**vars(subject.config), "repaired": None}))
+        # the ledger changes when all is done, and may be large
+        held = {name: value for name, value in vars(subject.config).items() if name not in ("ledger", "loaded_ledger")}
+        return cls(layers, copy.deepcopy({**held, "repaired": None}))
 
     @torch.no_grad()
     def put_back(self, subject: Subject, config: bool = True) -> None:

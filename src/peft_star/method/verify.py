@@ -23,8 +23,9 @@ MOST_BEHIND = 50  # rows of which that is looked at, as many as a report shows
 @dataclass(frozen=True)
 class Case:
     """The rows of one repair in batches. Their completion tokens are numbered through: the slots of the retained rows
-    come behind those of the failures' rows, and make up S with them. What patches knows these alone: the slots of the
-    related rows, which are only looked at, lie behind. `left_out`: failures' rows, by index, that are not repaired."""
+    come behind those of the failures' rows, then those of the `earlier` repairs' rows, which are retained as well, and
+    make up S with them. What patches knows these alone: the slots of the related rows, which are only looked at, lie
+    behind. `left_out`: failures' rows, by index, that are not repaired."""
 
     rows: Sequence[Row]
     retained: Sequence[Row]
@@ -32,24 +33,41 @@ class Case:
     retained_batches: tuple[Batch, ...]
     related: Sequence[Row] = ()
     related_batches: tuple[Batch, ...] = ()
+    earlier: Sequence[Row] = ()
     left_out: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, engine: Engine, rows: Sequence[Row], retained: Sequence[Row], related: Sequence[Row] = ()) -> Case:
-        own, kept = completion_offsets(rows)[-1], completion_offsets(retained)[-1]
-        behind = _batches_from(engine, retained, own)
-        return cls(
-            rows, retained, tuple(engine.batches(rows)), behind, related, _batches_from(engine, related, own + kept)
-        )
+    def of(
+        cls,
+        engine: Engine,
+        rows: Sequence[Row],
+        retained: Sequence[Row],
+        related: Sequence[Row] = (),
+        earlier: Sequence[Row] = (),
+    ) -> Case:
+        own = completion_offsets(rows)[-1]
+        kept = own + completion_offsets(retained)[-1]
+        held = kept + completion_offsets(earlier)[-1]
+        behind = _batches_from(engine, retained, own) + _batches_from(engine, earlier, kept)
+        related_batches = _batches_from(engine, related, held)
+        return cls(rows, retained, tuple(engine.batches(rows)), behind, related, related_batches, earlier)
+
+    @property
+    def held(self) -> Sequence[Row]:
+        """The rows that must stay right: those that were given for it, and those of earlier repairs."""
+        return [*self.retained, *self.earlier]
 
     @property
     def parts(self) -> dict[str, tuple[Sequence[Row], slice]]:
         """By source the rows and their slots."""
-        own, kept = completion_offsets(self.rows)[-1], completion_offsets(self.retained)[-1]
+        own = completion_offsets(self.rows)[-1]
+        kept = own + completion_offsets(self.retained)[-1]
+        held = kept + completion_offsets(self.earlier)[-1]
         return {
             "failures": (self.rows, slice(own)),
-            "retain": (self.retained, slice(own, own + kept)),
-            "related": (self.related, slice(own + kept, None)),
+            "retain": (self.retained, slice(own, kept)),
+            "earlier": (self.earlier, slice(kept, held)),
+            "related": (self.related, slice(held, None)),
         }
 
     def failing(self, seen: Predictions) -> torch.Tensor:
@@ -100,7 +118,7 @@ def look_before(run: Run, case: Case) -> tuple[Seen, Trace | None]:
     else:
         with journal.phase("failures", rows_of(case.batches)):
             seen = Seen(predict(engine, case.batches, case.nothing_seen(), journal.advance))
-    if case.retained:
+    if case.retained_batches:
         with journal.phase("failures", rows_of(case.retained_batches)):
             predict(engine, case.retained_batches, seen.predictions, journal.advance)
     if run.args.verify_generation:
@@ -137,12 +155,12 @@ def verify(run: Run, case: Case, after: Predictions | None, with_generation: boo
 
 
 def generate_all(run: Run, case: Case) -> dict[str, list[tuple[int, ...]]]:
-    """Greedy generation of all rows, by source."""
+    """Greedy generation of all rows but those of earlier repairs, which may be many, by source."""
     tokenizer = run.subject.tokenizer
     return {
         source: generate(run.engine, tokenizer, rows, run.journal.advance)
         for source, (rows, _) in case.parts.items()
-        if rows
+        if rows and source != "earlier"
     }
 
 

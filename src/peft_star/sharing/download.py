@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from ..files import recover
-from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, REPORT_NAME, TIMES_NAME
+from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, LEDGER_NAME, LEDGER_WEIGHTS, REPORT_NAME, TIMES_NAME
 
 ANSWER_SECONDS = 10  # that the Hub is given to say whether it has something
 
@@ -79,7 +79,7 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
             f"you/{patch}."
         )
     with in_one_sentence(str(patch), "patch"):
-        files = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, TIMES_NAME, CARD_NAME]
+        files = [CONFIG_NAME, ANY_WEIGHTS, REPORT_NAME, TIMES_NAME, CARD_NAME, LEDGER_NAME, LEDGER_WEIGHTS]
         wanted: dict[str, Any] = {"allow_patterns": files, "revision": revision}
         try:
             # one request that fails at once: a download is tried again and again
@@ -91,6 +91,28 @@ def find_patch(patch: str | Path, *, revision: str | None = None, token: str | N
                 return Path(snapshot_download(str(patch), local_files_only=True, **wanted))
             raise
         return Path(snapshot_download(str(patch), token=token, **wanted))
+
+
+def find_ledger(patch: str | Path, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """The directory of a patch's ledger, if it has one that can be had; a patch works without.
+
+    Args:
+        patch: A directory or a Hub id.
+        subfolder: Where in it the patch lies.
+        hub: Settings of `hf_hub_download`, such as `revision` and `token`.
+    """
+    directory = Path(patch, subfolder) if subfolder else Path(patch)
+    if (directory / CONFIG_NAME).is_file():
+        return directory
+    try:
+        files = [
+            hf_hub_download(str(patch), name, subfolder=subfolder, **hub) for name in (LEDGER_WEIGHTS, LEDGER_NAME)
+        ]
+    except Exception as error:
+        if not is_hub_failure(error):
+            raise
+        return None
+    return Path(files[-1]).parent
 
 
 def looks_like_path(name: str) -> bool:

@@ -28,6 +28,8 @@ from .patch_files import (
     ANY_WEIGHTS,
     CARD_NAME,
     CONFIG_NAME,
+    LEDGER_NAME,
+    LEDGER_WEIGHTS,
     LORA_DIR,
     PLOT_NAME,
     REPORT_NAME,
@@ -103,7 +105,15 @@ def push(
                 folder_path=staging,
                 commit_message=commit_message,
                 revision=revision,
-                delete_patterns=[ANY_WEIGHTS, REPORT_NAME, TIMES_NAME, PLOT_NAME, f"{LORA_DIR}/*"],
+                delete_patterns=[
+                    ANY_WEIGHTS,
+                    REPORT_NAME,
+                    TIMES_NAME,
+                    PLOT_NAME,
+                    LEDGER_NAME,
+                    LEDGER_WEIGHTS,
+                    f"{LORA_DIR}/*",
+                ],
             )
     return f"{url}/tree/{revision}" if revision else str(url)
 

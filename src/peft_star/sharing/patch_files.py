@@ -20,6 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 ANY_WEIGHTS = "adapter_model.*"  # also in what form other versions of PEFT save them
 REPORT_NAME = "repair_report.json"
+LEDGER_NAME, LEDGER_WEIGHTS = "repair_ledger.json", "repair_ledger.safetensors"
 TIMES_NAME = "repair_report.times.json"
 CARD_NAME, PLOT_NAME = "README.md", "report.png"
 # where in a patch's directory the same patch lies as a LoRA
@@ -29,6 +30,7 @@ INDEX_DTYPE = torch.int32
 NEURONS, DELTA = "star_neurons", "star_delta"
 BASE_PARTS = {"original_module", "base_layer"}
 CHECKSUM = "tensors_sha256"  # where the configuration keeps what `checksum` says
+LEDGER_CHECKSUM = "ledger_sha256"  # ... and what the ledger's says
 
 
 @dataclass(frozen=True)

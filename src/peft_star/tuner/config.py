@@ -14,6 +14,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..models.names import check_pattern
+from ..sharing.download import find_ledger
+from ..sharing.ledger import Ledger, is_ledger
 from ..sharing.lora import patch_to_lora
 from ..sharing.patch_files import (
     LORA_DIR,
@@ -142,6 +144,16 @@ class StarConfig(PeftConfig):
         tensors_sha256 (`Optional[str]`, *optional*):
             The checksum of the tensors beside a saved configuration. Saving writes it, and loading refuses tensors
             that it does not fit; a model that has loaded them keeps none. Setting it has no effect.
+        ledger_sha256 (`Optional[str]`, *optional*):
+            The checksum of the ledger beside a saved configuration. Saving writes it.
+        scope (`Optional[dict]`, *optional*):
+            What the adapter was made for before its first repair chose among it: `modules`, the names of the modules
+            that carried it, and `num_neurons` as it was asked for. A repair records it, so that the next one has the
+            same choice.
+
+    **Attributes**:
+        - **ledger** ([`Ledger`]) -- The repairs that made the patch, when it has been loaded or made here; saved with
+          it.
 
     Raises:
         ValueError: A value is out of its range or unknown.
@@ -266,6 +278,18 @@ class StarConfig(PeftConfig):
         default=None,
         metadata={"help": "The checksum of the tensors beside a saved configuration. Saving writes it."},
     )
+    ledger_sha256: str | None = field(
+        default=None,
+        metadata={"help": "The checksum of the ledger beside a saved configuration. Saving writes it."},
+    )
+    scope: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "The modules and the number of neurons among which repairs choose. A repair records it."},
+    )
+    # of a `Ledger`; no fields of the dataclass: it lies in files of its own. What was loaded with the configuration
+    # becomes the adapter's with its tensors, so that another adapter of the same configuration begins without
+    ledger = None
+    loaded_ledger = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -294,13 +318,23 @@ class StarConfig(PeftConfig):
         if self.neurons_per_module is not None:
             self.neurons_per_module = _check_counts("neurons_per_module", self.neurons_per_module)
         self._check_in_features()
-        for name in ("base_fingerprint", "tensors_sha256"):
+        for name in ("base_fingerprint", "tensors_sha256", "ledger_sha256"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"`{name}` should be a string, got {getattr(self, name)!r}.")
         self._check_modules_to_save()
         self._check_patterns()
+        self._check_scope()
         # no field: it is a repair's, and goes into files of its own
         self.repaired: Repaired | None = None
+
+    def _check_scope(self) -> None:
+        if self.scope is None:
+            return
+        modules = self.scope.get("modules") if isinstance(self.scope, dict) else None
+        if not isinstance(modules, list) or not all(map(is_module_name, modules)) or "num_neurons" not in self.scope:
+            raise ValueError(f"`scope` should hold a list of `modules` and `num_neurons`, got {self.scope!r}.")
+        if self.scope["num_neurons"] != AUTO:
+            _check_amount("num_neurons", self.scope["num_neurons"], "neurons")
 
     def _check_layers_to_transform(self) -> None:
         if isinstance(self.layers_to_transform, (list, tuple, set)):
@@ -372,8 +406,26 @@ class StarConfig(PeftConfig):
                     f"in each, or a dict of these by full module name, got {self.in_features!r}."
                 )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Load a configuration, and the ledger of the patch if there is one; arguments are PEFT's.
+
+        `PeftModel.from_pretrained` and `load_adapter` call this.
+
+        Raises:
+            ValueError: The ledger is damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if getattr(config, "ledger_sha256", None):
+            hub = cls._split_kwargs(kwargs)[0]
+            directory = find_ledger(pretrained_model_name_or_path, subfolder, **hub)
+            if directory is not None:
+                config.loaded_ledger = Ledger.read(directory, config.ledger_sha256)
+        return config
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration with the checksum of the tensors beside it and, if asked for, the LoRA twin.
+        """Save the configuration with the checksum of the tensors beside it, the ledger and, if asked for, the LoRA
+        twin.
 
         Beside tensors that are as a repair left them go its report and this package's card.
         `PeftModel.save_pretrained` calls this when the weights are written.
@@ -387,6 +439,10 @@ class StarConfig(PeftConfig):
             tensors = read_tensors(directory / WEIGHTS_NAME)
             saved.tensors_sha256 = checksum(tensors)
             self._warn_of_foreign(tensors)
+        if has_tensors and self.ledger is not None:
+            saved.ledger_sha256 = self.ledger.write(directory)
+        elif not is_ledger(directory, self.ledger_sha256):
+            saved.ledger_sha256 = None  # a ledger that was not loaded is not saved
         super(StarConfig, saved).save_pretrained(save_directory, **kwargs)
         if self.lora_twin and has_tensors:
             patch_to_lora(directory, directory / LORA_DIR, overwrite=True)

@@ -200,6 +200,7 @@ class StarModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        config.ledger = None
         warn_of_other_base(self.model, config.to_dict())
         mend_packing(self.model)
         if isinstance(self.model, PreTrainedModel):
@@ -496,6 +497,8 @@ class StarModel(BaseTuner):
             check_checksum(as_saved, config.tensors_sha256, "The patch")
         # the adapter may get other tensors later on, such as a checkpoint's
         config.tensors_sha256 = None
+        if config.loaded_ledger is not None:
+            config.ledger, config.loaded_ledger = config.loaded_ledger, None
 
         for name in layers.keys() - loaded.keys():
             # PEFT reports missing keys; one without the other means nothing

@@ -22,8 +22,10 @@ from ..models.fingerprint import warn_of_other_base
 from ..models.names import own_keys, plain_name, select
 from ..report import RepairReport
 from ..sharing.download import find_patch
+from ..sharing.ledger import Ledger
 from ..sharing.lora import patch_to_lora, write_lora
-from ..sharing.patch_files import DELTA, NEURONS, Patch, checksum
+from ..sharing.patch_files import DELTA, LEDGER_CHECKSUM, NEURONS, Patch, checksum
+from .config import StarConfig
 from .layer import StarLayer, star_layers
 from .model import StarModel, record_counts, widths_of
 from .reports import Repaired
@@ -80,6 +82,7 @@ def combine_patches(
     record_counts(config, {name: neurons.numel() for name, (neurons, _) in combined.items()})
     recorded = [tuner.peft_config[adapter].base_fingerprint for adapter in adapters]
     config.base_fingerprint = next(filter(None, recorded), None)
+    config.ledger_sha256 = None
 
     # adding an adapter sets anew what is trainable, which is no business of this function
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -92,6 +95,7 @@ def combine_patches(
             layer.star_neurons[new_name] = neurons.to(old.device)
     for parameter, requires_grad in trainable.items():
         parameter.requires_grad_(requires_grad)
+    config.ledger = _joined_ledger([tuner.peft_config[name] for name in adapters], factors)
 
 
 def swap_patch(
@@ -142,7 +146,9 @@ def swap_patch(
     if config.modules_to_save:
         raise ValueError(f"Adapter {adapter_name!r} holds `modules_to_save`, which cannot be swapped in place.")
 
-    new = _read_patch(patch, layers, adapter_name, revision, token)
+    directory = find_patch(patch, revision=revision, token=token)
+    new = _read_patch(patch, directory, layers, adapter_name)
+    ledger = Ledger.read(directory, new.config.get(LEDGER_CHECKSUM))
 
     in_place = all(
         neurons.shape == layers[name].star_neurons[adapter_name].shape for name, neurons in new.neurons.items()
@@ -161,6 +167,7 @@ def swap_patch(
                 layer.star_delta[adapter_name].zero_()
     record_counts(config, {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()})
     config.base_fingerprint = new.config.get("base_fingerprint")
+    config.ledger, config.scope = ledger, new.config.get("scope")
     config.repaired = None  # what was reported of the old patch says nothing of the new one
     warn_of_other_base(inner, config.to_dict())
     return in_place
@@ -276,11 +283,17 @@ def _weighted_sum(
     return union, total
 
 
-def _read_patch(
-    patch: str | Path, layers: dict[str, StarLayer], adapter_name: str, revision: str | None, token: str | None
-) -> Patch:
+def _joined_ledger(configs: Sequence[StarConfig], factors: Sequence[float]) -> Ledger | None:
+    """The ledger of a weighted sum of patches, or None where the sum is not that of its entries."""
+    entries = [entry for config in configs for entry in (config.ledger or Ledger()).entries]
+    if any(factor != 1 for factor in factors) or len({entry.id for entry in entries}) < len(entries) or not entries:
+        return None
+    return Ledger.joined([config.ledger for config in configs])
+
+
+def _read_patch(patch: str | Path, directory: Path, layers: dict[str, StarLayer], adapter_name: str) -> Patch:
     """A saved patch, checked against the layers of the adapter."""
-    read = Patch.read(find_patch(patch, revision=revision, token=token))
+    read = Patch.read(directory)
     if read.others or read.config.get("modules_to_save"):
         raise ValueError(f"{patch} also holds whole modules (`modules_to_save`), which cannot be swapped in place.")
     for name in read.neurons:
