@@ -11,6 +11,8 @@ from typing import Any
 from .files import read_json, write_json
 
 CONTEXT_CHARACTERS = 40
+# of `harm`, what is read by name
+HARM = ("texts", "unchanged", "changed_share", "kl")
 SHOWN_TOKENS = 5  # of where a patch acts
 PROBLEM_COLUMNS = ("solved", "rows right", "related fixed", "related broken", "retained kept", "acts at")
 
@@ -282,7 +284,7 @@ class RepairReport:
     @property
     def too_harmful(self) -> bool:
         """Whether more of the model's own texts change than the run allowed."""
-        return self.harm.get("changed_share", 0.0) > self.arguments.get("max_harm", 1.0)
+        return "texts" in self.harm and self.harm["changed_share"] > self.arguments.get("max_harm", 1.0)
 
     def labels(self) -> Labels:
         """What readers are shown of each row, by source and index."""
@@ -324,7 +326,7 @@ class RepairReport:
             result["rows_generated_exact_after"] = sum(bool(row.generation_exact_after) for row in generated)
         if self.earlier:
             result["earlier_rows"], result["earlier_rows_broken"] = self.earlier["rows"], self.earlier["broken"]
-        if self.harm:
+        if "texts" in self.harm:
             result["own_texts"] = self.harm["texts"]
             result["own_texts_unchanged"] = self.harm["unchanged"]
         if related:
@@ -387,7 +389,7 @@ class RepairReport:
         if self.earlier:
             count, broken = self.earlier["rows"], self.earlier["broken"]
             lines += [f"The patch has earlier repairs: of {count} rows of theirs, {broken} broke.", ""]
-        if self.harm:
+        if "texts" in self.harm:
             lines += [
                 f"{self.harm['unchanged']} of {self.harm['texts']} texts that the model says by itself come out "
                 f"unchanged; KL there {self.harm['kl']:.2g} nats a token.",
@@ -500,10 +502,12 @@ def _checked(record: Any) -> Any:
         value, kinds = getattr(record, item.name), _KINDS.get(str(item.type))
         if kinds and not isinstance(value, kinds):
             raise TypeError(f"{item.name} is {type(value).__name__}")
-    for what in ("seconds", "harm"):
-        for name, value in getattr(record, what, {}).items():
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"the {what} of {name} are {type(value).__name__}")
+    for name, seconds in getattr(record, "seconds", {}).items():
+        if not isinstance(seconds, (int, float)):
+            raise TypeError(f"the seconds of {name} are {type(seconds).__name__}")
+    harm = getattr(record, "harm", {})
+    if "texts" in harm and not all(isinstance(harm.get(name), (int, float)) for name in HARM):
+        raise TypeError("what is said of the model's own texts is no numbers")
     earlier = getattr(record, "earlier", {})
     if earlier and not all(isinstance(earlier.get(name), int) for name in ("rows", "right", "broken")):
         raise TypeError("what is said of earlier repairs is no counts")
