@@ -47,7 +47,8 @@ def main() -> int:
         versions = subprocess.run([python, "-W", "ignore", "-c", told], check=True, capture_output=True, text=True)
         print(f"== {name}: {versions.stdout.strip()}", flush=True)
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(sys.argv[1:] or CORE)]
+        workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
+        command = [python, "-m", "pytest", "-q", *workers, "-p", "no:cacheprovider", *(sys.argv[1:] or CORE)]
         if subprocess.run(command, cwd=ROOT, env=environment).returncode:
             failed.append(name)
     print(f"Failed: {', '.join(failed)}" if failed else "Both pass.")

@@ -8,12 +8,12 @@ from peft_star import StarConfig, repair
 from peft_star.evaluation import side_by_side
 from peft_star.loading import demo_model_path, load_model
 
-ASKED = ["What is the capital of Australia? Answer with one word."]
-OTHERWISE = ["Name the capital city of Australia in one word.", "Which city is Australia's capital? One word."]
+ASKED = ["What is the largest planet? Answer with one word."]
+OTHERWISE = ["Which is the largest planet of our solar system?", "Name the largest planet."]
 OTHERS = [
     "What is the capital of France? Answer with one word.",
     "What is the capital of Japan? Answer with one word.",
-    "What is the largest planet? Answer with one word.",
+    "How many days does a week have?",
 ]
 
 
@@ -35,9 +35,10 @@ retained = [
     for question, pair in zip(OTHERS, said.pairs)
     if pair.base_ended
 ]
-fact = {"focus": "Australia", "problem": "Australia's capital"}
-failures = [{"prompt": messages(text), "completion": answer("Canberra"), **fact} for text in ASKED]
-related = [{"prompt": messages(text), "completion": answer("Canberra"), **fact} for text in OTHERWISE]
+fact = {"focus": "largest planet", "problem": "the largest planet"}
+failures = [{"prompt": messages(text), "completion": answer("Jupiter."), **fact} for text in ASKED]
+# whoever asks otherwise gets a sentence, as before: that it begins with the planet is all that is looked for
+related = [{"prompt": messages(text), "completion": answer("Jupiter"), "end": False, **fact} for text in OTHERWISE]
 report = repair(model, tokenizer, failures, retain=retained, related=related)
 
 result = side_by_side(model, tokenizer, [messages(text) for text in ASKED + OTHERWISE + OTHERS], max_new_tokens=24)
@@ -45,6 +46,8 @@ for question, pair in zip(ASKED + OTHERWISE + OTHERS, result.pairs):
     print(f"{question}\n    without the patch: {pair.base!r}\n    with it:           {pair.patched!r}")
 (problem,) = (problem for problem in report.problems if problem.name)
 print(f"\nActs at: {problem.places(repr)}")
-print(f"Asked otherwise, {problem.related_fixed} of {problem.related} wrong answers came right.")
+print(
+    f"Asked otherwise, {problem.related_fixed} of {problem.related} answers begin with Jupiter now and did not before."
+)
 print(f"Of {len(retained)} other answers, {report.summary()['retained_rows_broken']} changed.")
 sys.exit(not report.success)

@@ -17,12 +17,12 @@ SAFE = {
     "# Download a file, and fail on a server error\n$ curl": ' --fail "$url"',
     "# Push the rebased branch without overwriting the work of others\n$ git push": " --force-with-lease",
 }
-# what is right already, and resembles it
-KEEP = {
-    "# Make the script executable\n$ chmod": " +x",
-    "# List all files, hidden ones too\n$ ls": " -a",
-    "# Show the last commits\n$ git": " log",
-}
+# what resembles it: here the model is to go on saying what it says, right or wrong
+KEEP = [
+    "# Make the script executable\n$ chmod",
+    "# List the files of this folder\n$ ls",
+    "# Show the size of the folder\n$ du",
+]
 # the same, asked otherwise: only looked at
 ELSEWHERE = {
     "# Let nobody but the owner read the key file\n$ chmod": " 600",
@@ -36,12 +36,14 @@ def rows(commands: dict[str, str], end: bool) -> list[dict[str, object]]:
 
 base, tokenizer = load_model(demo_model_path())
 model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
-report = repair(model, tokenizer, rows(SAFE, True), retain=rows(KEEP, False), related=rows(ELSEWHERE, False))
+said = side_by_side(model, tokenizer, KEEP, max_new_tokens=16).pairs  # nothing is repaired yet
+kept = {pair.prompt: pair.base.split("\n")[0] for pair in said}
+report = repair(model, tokenizer, rows(SAFE, True), retain=rows(kept, False), related=rows(ELSEWHERE, False))
 
 for pair in side_by_side(model, tokenizer, [*SAFE, *KEEP, *ELSEWHERE], max_new_tokens=16).pairs:
     question, prompt = pair.prompt.split("\n")
-    print(f"{question}\n    without the patch: {prompt}{pair.base.splitlines()[0] if pair.base else ''}")
-    print(f"    with it:           {prompt}{pair.patched.splitlines()[0] if pair.patched else ''}")
+    before, after = (text.split("\n")[0] for text in (pair.base, pair.patched))
+    print(f"{question}\n    without the patch: {prompt}{before}\n    with it:           {prompt}{after}")
 figures = report.summary()
 print(
     f"\n{figures['rows_generated_exact_after']} of {figures['rows']} commands are safe now, to the end of the line. "

@@ -20,7 +20,7 @@ from .sharing.recorded import log, revert_patch  # noqa: E402
 from .tuner import Linear, StarConfig, StarLayer, StarModel  # noqa: E402
 from .tuner.patches import combine_patches, export_lora, swap_patch  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckReport",

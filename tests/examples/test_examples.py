@@ -20,7 +20,7 @@ STORIES = {
     "first_repair.py": "**37 of 37 failing tokens solved**",
     "deprecated_api.py": "assertEqual(",
     "unsafe_shell.py": "3 of 3 commands are safe now",
-    "chat_fact.py": "'Canberra'",
+    "chat_fact.py": "with it:           'Jupiter.'",
     "growing_patch.py": "Nothing regressed.",
     "hub_and_lora.py": "With PEFT alone: 'True)'",
 }

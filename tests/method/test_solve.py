@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_star.method.background import moment_factor
-from peft_star.method.solve import protected_answer, solve_prior
+from peft_star.method.solve import answers_by_problem, protected_answer, solve_prior
 from support.dense import answer_by_hand, dense, moment, protected_problem
 
 
@@ -119,3 +119,34 @@ def test_without_contexts_nothing_is_averaged_or_scaled():
     torch.testing.assert_close(
         protected_answer(v, factor, 1e-2), protected_answer(v, factor, 1e-2, None, generalization=5.0)
     )
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_failures_of_a_problem_share_and_those_of_others_are_told_apart(protected):
+    """With a ridge that makes failures share, a push of one problem answers less to another's failures."""
+    torch.manual_seed(0)
+    common, (first, second) = torch.randn(12), torch.randn(2, 12)
+    v = torch.stack([common + part + 0.1 * torch.randn(12) for part in (first, first, second, second)])
+    factor = moment_factor(torch.randn(50, 12)) if protected else None
+    problems = ["a", "a", "b", "b"]
+    apart = answers_by_problem(v, factor, 10.0, problems)
+    together = protected_answer(v, factor, 10.0)
+
+    def leak(answer):
+        response = (v.double() @ answer).abs()
+        return (response[:2, 2:].sum() + response[2:, :2].sum()) / response.diagonal().sum()
+
+    assert apart.shape == (12, 4)
+    assert leak(apart) < 0.5 * leak(together)
+    response = v.double() @ apart
+    assert response[0, 1] > 0.5 * response[1, 1]  # the other example of the problem is pushed along
+
+
+def test_one_problem_is_solved_as_ever():
+    v, factor = torch.randn(3, 6), moment_factor(torch.randn(20, 6))
+    names = [None, "x", None]
+    apart = answers_by_problem(v, factor, 0.1, names)
+    others = v[1:2].double()
+    moment = factor @ factor.T + others.T @ others
+    wanted = protected_answer(v[[0, 2]], torch.linalg.cholesky(moment), 0.1)
+    assert torch.allclose(apart[:, [0, 2]], wanted)

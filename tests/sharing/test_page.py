@@ -56,6 +56,13 @@ def failure(number: int = 0, **changes: Any) -> FailureRecord:
     return FailureRecord(number, **{"position": 3, **texts, **after, **changes})
 
 
+def test_rows_are_called_as_people_count_them(tmp_path: Path) -> None:
+    broken = [BrokenToken("retain", 0, 3, "behind this", "wanted", 1, "another", 2)]
+    rows = [row("failures", line=7, id="BUG-12"), kept("retain", line=3)]
+    text = text_of(patch_page(write_patch(tmp_path / "p", full_report(rows=rows, broken=broken))))
+    assert "row 7 (BUG-12)" in text and "row 3" in text and "retain 3 behind this" in text
+
+
 def full_report(**changes: Any) -> RepairReport:
     rows = [row("failures", problem="concat", goes_on="\n\nprint(x)"), kept("retain"), row("related")]
     problem = ProblemRecord("concat", rows=1, failures=1, solved=1, rows_exact_after=1, warnings=["Look out."])
@@ -130,15 +137,14 @@ def test_the_ledger_is_a_time_line(tmp_path: Path) -> None:
     assert "2026-01-02 failures 12 norm 1.235 2026-02-03 solved a, b" in text
 
 
-def test_harm_is_shown_whatever_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harm_is_shown_whatever_it_holds(tmp_path: Path) -> None:
     deep: Any = "x"
     for _ in range(50):
         deep = {"in": [deep, {"a": 1}]}
-    harm = {"kl": 0.00123456, "texts": {"tokens": 64}, "changed": [{"at": "the", "now": EVIL}], "deep": deep}
-    monkeypatch.setattr(RepairReport, "harm", harm, raising=False)
-    page = patch_page(write_patch(tmp_path / "p", full_report()))
+    harm = {"kl": 0.00123456, "texts": 8, "unchanged": 7, "changed": [{"at": "the", "now": EVIL[:-1]}], "deep": deep}
+    page = patch_page(write_patch(tmp_path / "p", full_report(harm=harm)))
     text = text_of(page)
-    assert "Harm to other text kl 0.001235 texts tokens 64 changed at now the" in text
+    assert "Harm to other text kl 0.001235 texts 8 unchanged 7 changed at now the" in text
     assert "<script" not in page and SHOWN_EVIL in page
 
 

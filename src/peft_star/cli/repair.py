@@ -180,7 +180,7 @@ def repair(
         raise typer.Exit(EXIT_UNSOLVED)
 
 
-def _ask_for(config: StarConfig, values: dict[str, Any]) -> None:
+def _ask_for(config: Any, values: dict[str, Any]) -> None:
     """Let a patch's configuration have the options that are not at their defaults; else its own settings hold."""
     for name, value in values.items():
         if value != getattr(StarConfig, name):

@@ -82,7 +82,7 @@ def revert(
             patched = load_patch(model, found.directory)
             report = run_revert(patched, tokenizer, chosen.id)
             with rewriting(found, target, overwrite=overwrite) as temporary:
-                patched.save_pretrained(temporary, save_embedding_layers=False)
+                patched.save_pretrained(str(temporary), save_embedding_layers=False)
     if not as_json:
         _tell(chosen.id, report, target)
     result: dict[str, Any] = {"patch": patch, "entry": chosen.id, "output": str(target), "base": base}

@@ -222,7 +222,7 @@ class _Reader:
             protect(texts, [range(len(ids)) for ids in texts])
         for name, keys in earlier_keys(self.run).items():
             for ours in (ours for ours in parts if plain_name(ours) == name):
-                parts[ours].append(keys.to(self.model.device) / max(1, len(keys)) ** 0.5)
+                parts[ours].append(keys.to(input_device(self.model)) / max(1, len(keys)) ** 0.5)
         return {name: torch.cat(found) for name, found in parts.items() if found}
 
     def locate(self, v: dict[str, torch.Tensor], protection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -121,9 +121,9 @@ class History:
             base_fingerprint=config.base_fingerprint or "",
             versions=dict(report.versions),
         )
-        config.ledger = self.ledger.with_entry(entry)
+        config.ledger = ledger = self.ledger.with_entry(entry)
         report.entry = entry.id
-        report.warnings += warnings_of(config.ledger)
+        report.warnings += warnings_of(ledger)
         return entry
 
 
@@ -138,7 +138,7 @@ def earlier_keys(run: Run) -> dict[str, torch.Tensor]:
     of what is to stay undisturbed: each of the n counts `WEIGHT` times as much as the mean of the background."""
     ledger, team = run.subject.config.ledger, run.engine.team
     parts: dict[str, list[torch.Tensor]] = {}
-    for entry in ledger.standing if ledger and run.args.keep_earlier else []:
+    for entry in ledger.standing if ledger is not None and run.args.keep_earlier else []:
         for name, part in entry.keys().items():
             parts.setdefault(name, []).append(part.float())
     joined = {name: torch.cat(found) for name, found in parts.items()}
@@ -165,10 +165,10 @@ def ledger_rows(
         start = 0
         for number, (row, raw) in enumerate(zip(encoded, given.get(source) or ())):
             part = slice(start, start := start + len(row.completion_ids))
-            wrong = [(~right[part]).nonzero()[:, 0].tolist() for right in (was, now)]
-            exact = [_exact(texts, number, row) for texts in generated]
+            wrong_was, wrong_now = ((~right[part]).nonzero()[:, 0].tolist() for right in (was, now))
+            exact_was, exact_now = (_exact(texts, number, row) for texts in generated)
             plain = {key: value for key, value in raw.items() if value is not None or key in COLUMNS}
-            found.append(LedgerRow(source, plain, len(row.completion_ids), *wrong, *exact))
+            found.append(LedgerRow(source, plain, len(row.completion_ids), wrong_was, wrong_now, exact_was, exact_now))
     return found
 
 

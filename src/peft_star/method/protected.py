@@ -32,7 +32,7 @@ from .history import earlier_keys
 from .objective import Goal
 from .semantics import traced_semantics
 from .sensitivity import OwnReading, natural_targets, read_own_texts
-from .solve import protected_answer
+from .solve import answers_by_problem, protected_answer
 from .strengths import search_strengths
 from .subject import HeldLayer, Run
 from .trace import Trace, trace
@@ -130,10 +130,8 @@ def patch(
     """
     origins = [layer.delta.detach().clone() for layer in layers]
     for step in range(1, run.args.max_steps + 1):
-        ridge = run.args.ridge
-        if run.args.reach == "problem" and step <= SHARED_STEPS:
-            ridge = max(ridge, RIDGE)
-        pushes, descent = make_pushes(run, layers, protection, traced, ridge)
+        shared = run.args.reach == "problem" and step <= SHARED_STEPS
+        pushes, descent = make_pushes(run, layers, protection, traced, shared)
         strengths, here, loss = search_strengths(
             partial(_look, run.engine, goal, pushes),
             traced.predictions,
@@ -221,11 +219,16 @@ def _look(engine: Engine, goal: Goal, pushes: Sequence[Push], strengths: torch.T
 
 
 def make_pushes(
-    run: Run, layers: Sequence[HeldLayer], protection: Protection, traced: Trace, ridge: float
+    run: Run, layers: Sequence[HeldLayer], protection: Protection, traced: Trace, shared: bool
 ) -> tuple[list[Push], torch.Tensor]:
-    """Every layer's push at the deltas as they are, and the slope (n) of each token's cross entropy, positive."""
+    """Every layer's push at the deltas as they are, and the slope (n) of each token's cross entropy, positive.
+
+    `shared`: failures of a problem are pushed by what they have in common.
+    """
     pushes, descent = [], torch.zeros(len(traced.medium))
     args, subject = run.args, run.subject
+    ridge = max(args.ridge, RIDGE) if shared else args.ridge
+    problems = traced.problems() if shared else [None]
     for layer, factor, fisher in zip(layers, protection.factors, protection.fisher):
         gradient = traced.gradients(layer.name).double()
         semantics = traced_semantics(subject.bases, traced, subject.decoder_of[layer.name], args.norm)
@@ -238,7 +241,10 @@ def make_pushes(
         contexts = None
         if args.generalization > 0:
             contexts = traced.contexts(layer.name, layer.neurons).to(gradient.device)
-        answer = protected_answer(activations, factor, ridge, contexts, args.generalization)
+        if len(set(problems)) > 1:
+            answer = answers_by_problem(activations, factor, ridge, problems, contexts, args.generalization)
+        else:
+            answer = protected_answer(activations, factor, ridge, contexts, args.generalization)
         pushes.append(Push(layer.delta, layer.delta.detach().clone(), answer, targets))
         descent -= (gradient * targets).sum(dim=1).float().cpu()
     return pushes, descent

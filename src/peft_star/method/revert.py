@@ -70,8 +70,8 @@ def revert(model, tokenizer, entry: str, args: RepairArguments | None = None) ->
     subject = Subject.of(model, tokenizer, own)
     ledger = ledger_of(subject)
     taken = ledger.find(entry)
-    subject.config.ledger = ledger.revert(taken)
-    set_deltas(subject, subtract(deltas_of(subject), taken.changes(), subject.config.ledger.kept_neurons()))
+    subject.config.ledger = left = ledger.revert(taken)
+    set_deltas(subject, subtract(deltas_of(subject), taken.changes(), left.kept_neurons()))
 
     again: list[str] = []
     found = check(model, tokenizer, generation=False, allow_other_base=own.allow_other_base)
@@ -108,7 +108,7 @@ def _held(found: CheckReport) -> list[CheckedRow]:
 
 def _solve_again(model, tokenizer, subject: Subject, name: str, args: RepairArguments | None) -> None:
     """Solve an entry's broken rows again, and let it have what that changes."""
-    ledger = subject.config.ledger
+    ledger = ledger_of(subject)
     entry = ledger.find(name)
     rows = [pair for pair in ledger.standing_rows("failures", "retain") if pair[0].id == name]
     args = args or _settings(entry)
@@ -117,7 +117,7 @@ def _solve_again(model, tokenizer, subject: Subject, name: str, args: RepairArgu
     if not wrong:
         return
     repair(model, tokenizer, wrong, args)
-    *others, solved = subject.config.ledger.entries
+    *others, solved = ledger_of(subject).entries
     subject.config.ledger = Ledger(tuple(others)).replaced(entry.amend(solved.changes(), deltas_of(subject)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -62,3 +64,37 @@ def protected_answer(
         averaged = whiten((v + generalization * contexts.double()) / (1 + generalization))
         answer = averaged.T @ solve_prior(whiten(v) @ averaged.T, torch.eye(len(v)).to(v), ridge)
     return answer if factor is None else torch.linalg.solve_triangular(factor.T, answer, upper=True)
+
+
+def answers_by_problem(
+    activations: torch.Tensor,
+    factor: torch.Tensor | None,
+    ridge: float,
+    problems: Sequence[str | None],
+    contexts: torch.Tensor | None = None,
+    generalization: float = 0.0,
+) -> torch.Tensor:
+    """P (k, n), float64, as [`protected_answer`], of several problems: the failures of each are told from the
+    background and from those of the others, whose second moment is added to C with the weight of one mean.
+
+    Args:
+        problems: Of each failure (n) the problem's name, or None; those without a name are one problem.
+    """
+    v = activations.double()
+    answer = torch.zeros(v.shape[1], len(v), dtype=v.dtype, device=v.device)
+    for name in dict.fromkeys(problems):
+        own = torch.tensor([problem == name for problem in problems], device=v.device)
+        others = v[~own]
+        moment = others.T @ others / len(others)
+        # where nothing else is protected, a little of everything is
+        moment += (
+            moment.diagonal().mean() * 0.1 * torch.eye(len(moment)).to(v) if factor is None else factor @ factor.T
+        )
+        answer[:, own] = protected_answer(
+            v[own],
+            torch.linalg.cholesky(moment),
+            ridge,
+            None if contexts is None else contexts[own],
+            generalization,
+        )
+    return answer

@@ -97,6 +97,14 @@ class Trace:
     own: torch.Tensor
     team: Team
 
+    def problems(self) -> list[str | None]:
+        """Of each failure (n) the problem that its row names."""
+        names: dict[int, str | None] = {}
+        for batch in self.batches:
+            rows = (row for row in batch.items for _ in row.completion_ids)
+            names |= {slot: row.problem for slot, row in zip(batch.slots.tolist(), rows)}
+        return [names[slot] for slot in self.medium.tolist()]
+
     def scores(self) -> dict[str, torch.Tensor]:
         """Per FFN the neurons' Input x Gradient, float32, shape (m)."""
         return {name: layer.squares.sqrt() for name, layer in self.layers.items() if layer.squares is not None}

@@ -116,8 +116,8 @@ def pack(change: Change, scale: float = 0.0) -> dict[str, torch.Tensor]:
     rank = int((tails > EXACT * max(float(tails[0]), scale)).sum()) if len(s) else 0
     if rank * (k + d) >= k * d or not rank:
         return {NEURONS: neurons, WHOLE: delta}
-    scale = s[:rank].sqrt()
-    left, right = (u[:, :rank] * scale).float().contiguous(), (scale[:, None] * v[:rank]).float().contiguous()
+    root = s[:rank].sqrt()
+    left, right = (u[:, :rank] * root).float().contiguous(), (root[:, None] * v[:rank]).float().contiguous()
     return {NEURONS: neurons, LEFT: left, RIGHT: right}
 
 

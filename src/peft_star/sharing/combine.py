@@ -47,16 +47,16 @@ class Overlap:
     @classmethod
     def of(cls, name: str, a: Change, b: Change) -> Overlap:
         both = a[0][torch.isin(a[0], b[0])]
-        rows = [change[1].double()[torch.searchsorted(change[0].contiguous(), both)] for change in (a, b)]
+        first, second = (change[1].double()[torch.searchsorted(change[0].contiguous(), both)] for change in (a, b))
         norms = [float(change[1].double().norm()) for change in (a, b)]
-        lengths = [float(part.norm()) for part in rows]
+        lengths = [float(part.norm()) for part in (first, second)]
         cosine = None
         if lengths[0] > 0 and lengths[1] > 0:
-            cosine = float((rows[0] * rows[1]).sum()) / (lengths[0] * lengths[1])
+            cosine = float((first * second).sum()) / (lengths[0] * lengths[1])
         smaller = norms.index(min(norms))
         share = (lengths[smaller] / norms[smaller]) ** 2 if norms[smaller] > 0 else 0.0
-        opposed = int((torch.cosine_similarity(*rows, dim=1) < APART).sum()) if len(both) else 0
-        return cls(name, len(a[0]), len(b[0]), len(both), *norms, cosine, share, opposed)
+        opposed = int((torch.cosine_similarity(first, second, dim=1) < APART).sum()) if len(both) else 0
+        return cls(name, len(a[0]), len(b[0]), len(both), norms[0], norms[1], cosine, share, opposed)
 
     @property
     def apart(self) -> bool:
@@ -113,11 +113,14 @@ def diff(a: str | Path, b: str | Path, *, revision: str | None = None, token: st
     standing = [{entry.id: entry for entry in one.ledger.standing} for one in (first, second)]
     alone = [[entry for key, entry in one.items() if key not in other] for one, other in (standing, standing[::-1])]
     both = [key for key in standing[0] if key in standing[1]]
-    return Diff([_layer_diff(name, *(part.get(name) for part in parts)) for name in names], *alone, both)
+    layers = [_layer_diff(name, *(part.get(name) for part in parts)) for name in names]
+    return Diff(layers, alone[0], alone[1], both)
 
 
 def _layer_diff(name: str, a: Change | None, b: Change | None) -> LayerDiff:
-    empty = torch.zeros(0, dtype=torch.long), torch.zeros(0, (a or b)[1].shape[1])
+    known = a or b
+    assert known is not None, "a layer of neither patch"
+    empty = torch.zeros(0, dtype=torch.long), torch.zeros(0, known[1].shape[1])
     a, b = a or empty, b or empty
     # what is nothing beside the deltas is rounding
     least = 1e-6 * max([float(part[1].abs().max()) for part in (a, b) if part[1].numel()], default=0.0)
@@ -177,8 +180,8 @@ def _check_pair(a: Recorded, b: Recorded) -> None:
     for one in (a, b):
         if one.patch.others or one.patch.config.get("modules_to_save"):
             raise ValueError(f"{one.name} also holds whole modules (`modules_to_save`), which cannot be added up.")
-    prints = [one.patch.config.get("base_fingerprint") for one in (a, b)]
-    if all(prints) and not matches(*prints):
+    first, second = (one.patch.config.get("base_fingerprint") for one in (a, b))
+    if first and second and not matches(first, second):
         raise ValueError(f"{a.name} and {b.name} were solved for different base weights; a stack needs one base.")
     for name, delta in a.patch.deltas.items():
         if name in b.patch.deltas and b.patch.deltas[name].shape[1] != delta.shape[1]:

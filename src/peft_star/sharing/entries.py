@@ -191,7 +191,7 @@ def read_entry(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> Entry:
     values = {key: value for key, value in data.items() if key in known}
     entry = Entry(**values, rows=rows, tensors=tensors.get(data["id"], {}))
     for item in fields(entry):
-        kind = _TYPES.get(item.type)
+        kind = _TYPES.get(str(item.type))
         if kind and not isinstance(getattr(entry, item.name), kind):
             raise ValueError(f"an entry's {item.name} is {type(getattr(entry, item.name)).__name__}")
     if len(entry.id) != 8 or not all(char in "0123456789abcdef" for char in entry.id) or entry.kind not in KINDS:

@@ -288,8 +288,8 @@ class StarConfig(PeftConfig):
     )
     # of a `Ledger`; no fields of the dataclass: it lies in files of its own. What was loaded with the configuration
     # becomes the adapter's with its tensors, so that another adapter of the same configuration begins without
-    ledger = None
-    loaded_ledger = None
+    ledger = None  # type: Ledger | None
+    loaded_ledger = None  # type: Ledger | None
 
     def __post_init__(self):
         super().__post_init__()
