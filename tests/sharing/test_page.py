@@ -137,14 +137,18 @@ def test_the_ledger_is_a_time_line(tmp_path: Path) -> None:
     assert "2026-01-02 failures 12 norm 1.235 2026-02-03 solved a, b" in text
 
 
-def test_harm_is_shown_whatever_it_holds(tmp_path: Path) -> None:
+def test_the_harm_that_a_report_knows_is_shown(tmp_path: Path) -> None:
+    harm = {"kl": 0.00123456, "texts": 8, "unchanged": 7}
+    text = text_of(patch_page(write_patch(tmp_path / "p", full_report(harm=harm))))
+    assert "Harm to other text kl 0.001235 texts 8 unchanged 7" in text
+
+
+def test_entries_are_shown_whatever_they_hold(tmp_path: Path) -> None:
     deep: Any = "x"
     for _ in range(50):
         deep = {"in": [deep, {"a": 1}]}
-    harm = {"kl": 0.00123456, "texts": 8, "unchanged": 7, "changed": [{"at": "the", "now": EVIL[:-1]}], "deep": deep}
-    page = patch_page(write_patch(tmp_path / "p", full_report(harm=harm)))
-    text = text_of(page)
-    assert "Harm to other text kl 0.001235 texts 8 unchanged 7 changed at now the" in text
+    page = patch_page(write_patch(tmp_path / "p"), ledger=[{"changed": [{"at": "the", "now": EVIL}], "deep": deep}])
+    assert "changed at now the" in text_of(page)
     assert "<script" not in page and SHOWN_EVIL in page
 
 

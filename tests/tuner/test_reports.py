@@ -13,6 +13,7 @@ from support.command_line import names
 from support.words import QUIET, ROWS, decided, star, word_tokenizer
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+FILES += ["repair_ledger.json", "repair_ledger.safetensors"]
 WITH_REPORT = [*FILES, "repair_report.json", "repair_report.times.json"]
 
 

@@ -56,7 +56,7 @@ def while_saving(directory: Path, rng: random.Random, latest: float) -> Callable
         end = time.monotonic() + latest
         while time.monotonic() < end and not any(".new-" in name for name in names(directory)):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 4))
 
     return wait
 

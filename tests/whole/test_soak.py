@@ -30,8 +30,9 @@ def one(number: int, directory: Path, tokenizer) -> None:
     rows = [{"prompt": f"{number} is", "completion": chr(65 + number % 26)}, {"prompt": "a b", "completion": "c"}]
     mode = ("multiple", "single")[number % 2]
     algorithm = ("protected", "prior-guided")[number // 2 % 2]
+    reach = ("problem", "prompt")[number // 4 % 2]
     args = RepairArguments(
-        disable_tqdm=True, learning_rate=0.05, max_steps=200, mode=mode, algorithm=algorithm, reach="prompt"
+        disable_tqdm=True, learning_rate=0.05, max_steps=200, mode=mode, algorithm=algorithm, reach=reach
     )
     report = repair(model, tokenizer, rows, args)
     assert report.success, (number, report.summary())

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..sharing.entries import OUTSIDE, Entry
-from ..sharing.governor import Curve, curves, warnings_of
+from ..sharing.governor import HARM, Curve, curves, warnings_of
 from ..sharing.ledger import Ledger
 from ..sharing.recorded import Recorded
 from .app import Json, Patch, Token, command, finish
@@ -59,9 +59,11 @@ def log(
 
 def print_log(ledger: Ledger, console: Console) -> None:
     """A line for each entry."""
-    measures = list(dict.fromkeys(name for entry in ledger.entries for name in entry.harm))
-    heads = ("", "entry", "time (UTC)", "solved", "right", "neurons", "norm", *map(escape, measures), "note")
-    table = Table(*heads, box=None, pad_edge=False)
+    measures = [name for name in HARM if any(name in entry.harm for entry in ledger.entries)]
+    told = [Column(head, no_wrap=True) for head in ("", "entry", "time (UTC)", "solved")]
+    table = Table(
+        *told, "neurons", "norm", *(name.split("_")[0] for name in measures), "note", box=None, pad_edge=False
+    )
     for number, entry in enumerate(ledger.entries, start=1):
         figures = entry.summary
         note = " ".join(part for part in (entry.note, state_of(entry)) if part)
@@ -69,9 +71,8 @@ def print_log(ledger: Ledger, console: Console) -> None:
         cells = (
             str(number),
             entry.id,
-            visible(entry.time),
+            visible(entry.time[:16].replace("T", " ")),
             _of(figures, "solved", "failures"),
-            _of(figures, "rows_exact_after", "rows"),
             str(sum(entry.modules.values())),
             f"{entry.patch.get('norm', 0.0):.4g}",
             *harm,

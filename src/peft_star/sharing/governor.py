@@ -20,6 +20,8 @@ from .ledger import Ledger
 
 RECENT, EARLIER, FACTOR = 3, 6, 2.0
 NORM = "norm"
+# of what an entry's `harm` has, what grows with the damage
+HARM = ("kl", "changed_share")
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -71,10 +73,10 @@ class Curve:
 
 
 def curves(ledger: Ledger) -> list[Curve]:
-    """The norm, and each measure of harm that two entries or more have."""
+    """The norm, and each measure of `HARM` that two entries or more have."""
     entries = [entry for entry in ledger.standing if NORM in entry.patch]
     found = [_curve(NORM, [(entry, entry.patch[NORM]) for entry in entries])]
-    for measure in dict.fromkeys(name for entry in entries for name in entry.harm):
+    for measure in HARM:
         found.append(_curve(measure, [(entry, entry.harm[measure]) for entry in entries if measure in entry.harm]))
     return [curve for curve in found if len(curve.values) > 1]
 
