@@ -12,7 +12,7 @@ from .files import read_json, write_json
 
 CONTEXT_CHARACTERS = 40
 # of `harm`, what is read by name
-HARM = ("texts", "unchanged", "changed_share", "kl")
+HARM = ("texts", "unchanged", "kl")
 SHOWN_TOKENS = 5  # of where a patch acts
 PROBLEM_COLUMNS = ("solved", "rows right", "related fixed", "related broken", "retained kept", "acts at")
 
@@ -284,7 +284,7 @@ class RepairReport:
     @property
     def too_harmful(self) -> bool:
         """Whether more of the model's own texts change than the run allowed."""
-        return "texts" in self.harm and self.harm["changed_share"] > self.arguments.get("max_harm", 1.0)
+        return self.harm.get("changed_share", 0.0) > self.arguments.get("max_harm", 1.0)
 
     def labels(self) -> Labels:
         """What readers are shown of each row, by source and index."""
@@ -506,7 +506,8 @@ def _checked(record: Any) -> Any:
         if not isinstance(seconds, (int, float)):
             raise TypeError(f"the seconds of {name} are {type(seconds).__name__}")
     harm = getattr(record, "harm", {})
-    if "texts" in harm and not all(isinstance(harm.get(name), (int, float)) for name in HARM):
+    named = [harm[name] for name in ("changed_share", *HARM) if name in harm]
+    if not all(isinstance(value, (int, float)) for value in named) or "texts" in harm and not harm.keys() >= set(HARM):
         raise TypeError("what is said of the model's own texts is no numbers")
     earlier = getattr(record, "earlier", {})
     if earlier and not all(isinstance(earlier.get(name), int) for name in ("rows", "right", "broken")):

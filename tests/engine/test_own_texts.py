@@ -18,6 +18,7 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFT_STAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "TOKENS", 4)
     monkeypatch.setattr(module, "CHANCE", 9.0)
+    monkeypatch.setattr(module, "SURE", 0.0)
     prompts = [{"prompt": text} for text in ("ab", "hello", "x = 1", "once upon")]
     prompts.append({"prompt": [{"role": "user", "content": "hi"}]})
     monkeypatch.setattr(module, "own_prompts", lambda: tuple(prompts))
@@ -64,6 +65,12 @@ def test_where_nothing_may_be_kept_nothing_is(tiny_model, tiny_tokenizer, tmp_pa
 
 def test_a_model_that_was_never_trained_has_none(tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(module, "CHANCE", CHANCE)
+    texts = own_texts(Engine(tiny_model.eval()), tiny_tokenizer)
+    assert not texts.protected and not texts.measured
+
+
+def test_what_is_said_without_preference_is_left_out(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "SURE", 0.9)
     texts = own_texts(Engine(tiny_model.eval()), tiny_tokenizer)
     assert not texts.protected and not texts.measured
 

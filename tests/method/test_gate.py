@@ -27,6 +27,7 @@ def voice(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFT_STAR_CACHE", str(tmp_path))
     monkeypatch.setattr(texts_module, "TOKENS", 4)
     monkeypatch.setattr(texts_module, "CHANCE", 99.0)
+    monkeypatch.setattr(texts_module, "SURE", 0.0)
     monkeypatch.setattr(texts_module, "own_prompts", lambda: tuple({"prompt": text} for text in PROMPTS))
 
 
