@@ -33,7 +33,7 @@ base, tokenizer = load_model("MODEL")
 patched = load_patch(load_model("MODEL")[0], "my-patch")
 model = get_peft_model(load_model("MODEL")[0], StarConfig(task_type="CAUSAL_LM"))
 failures, retained, related = (read_rows(f"{name}.jsonl") for name in ("failures", "retain", "related"))
-rows, unrelated = failures, retained
+rows, unrelated = failures, failures[1:]  # of something else, and wrong, too
 class report:
     seconds = {"patch": 1.0}
 """,
