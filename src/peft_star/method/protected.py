@@ -132,8 +132,7 @@ def patch(
     """
     origins = [layer.delta.detach().clone() for layer in layers]
     for step in range(1, run.args.max_steps + 1):
-        # one failure shares its push with no other
-        shared = run.args.reach == "problem" and step <= SHARED_STEPS and len(traced.medium) > 1
+        shared = run.args.reach == "problem" and step <= SHARED_STEPS
         pushes, descent = make_pushes(run, layers, protection, traced, shared)
         strengths, here, loss = search_strengths(
             partial(_look, run.engine, goal, pushes),
