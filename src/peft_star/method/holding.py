@@ -45,6 +45,7 @@ def hold(
     for _ in range(ROUNDS):
         looks.append((now.predictions, now.under))
         gaps = needed_gaps(*looks)
+        assert gaps is not None  # there are arithmetics
         lacking = _lacking(case, before, now, gaps)
         if not lacking.any():
             break

@@ -166,8 +166,8 @@ def make_report(
             records = Records(source, rows, was, now, run.subject.tokenizer)
             found = records.of_rows(before.generated.get(source), after.generated.get(source))
             for name in after.under if source != "related" else ():
-                right = (rows_right(rows, seen.under[name][slots]) for seen in (before, after))
-                for record, was_right, is_right in zip(found, *right):
+                served = [rows_right(rows, seen.under[name][slots]) for seen in (before, after)]
+                for record, was_right, is_right in zip(found, *served):
                     record.served_before[name], record.served_after[name] = was_right, is_right
             if source == "earlier":  # they may be hundreds
                 right = sum(row.was_right for row in found)

@@ -226,13 +226,14 @@ def look_behind(run: Run, case: Case, now: Seen) -> dict[int, tuple[int, ...]]:
     stops there. The first token is read where the rows are read anyway; where it ends the line, nothing is generated.
     """
     limit, tokenizer = context_length(run.subject.base), run.subject.tokenizer
-    right, wanted = rows_right(case.rows, now.predictions), {}
+    right = rows_right(case.rows, now.predictions)
+    wanted: dict[int, int] = {}
     for row, is_right in zip(case.rows, right):
         room = BEHIND if limit is None else min(BEHIND, limit - len(row))
         if is_right and not row.ended and room > 0 and len(wanted) < MOST_BEHIND:
             wanted[row.index] = room
     first = next_tokens(run.engine, [batch for batch in case.batches if any(r.index in wanted for r in batch.items)])
-    found = {index: (first[index],) for index in wanted}
+    found: dict[int, tuple[int, ...]] = {index: (first[index],) for index in wanted}
     longer = [
         # of a row's completion generation reads only how long it is
         replace(row, prompt_ids=(*row.input_ids, first[row.index]), completion_ids=(0,) * (wanted[row.index] - 1))
