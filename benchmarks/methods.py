@@ -42,7 +42,8 @@ class Star(Method):
 
     def __init__(self, name: str, **settings: Any):
         known = {item.name for item in fields(RepairArguments)}
-        self._arguments = {key: value for key, value in settings.items() if key in known}
+        # what is measured here is measured in the model's own arithmetic
+        self._arguments = {"serve": (), **{key: value for key, value in settings.items() if key in known}}
         self._config = {key: value for key, value in settings.items() if key not in known}
         arguments = RepairArguments(**self._arguments).to_dict()
         config = StarConfig(**self._config).to_dict()

@@ -62,11 +62,15 @@ class RowRecord:
     """One row, before and after.
 
     `source` is "failures", "retain", "related" or "earlier" (of an earlier repair of the patch); `problem` is the
-    problem that the row names. `exact_*`: every completion token right teacher-forced. `generated_*`: the text of
-    greedy generation, and `generation_exact_*` whether it equals the completion (None when not generated). `goes_on`:
-    what the model says next, after a completion of the failures that it generates right now and that says nothing of
-    where it ends (None: not looked at). `row` is the row's index, from 0; `line` is how people count it, from 1: its
-    line in the file that it was read from, or its number among the rows; `id` is what it is called elsewhere.
+    problem that the row names.
+    `exact_*`: every
+    completion token right teacher-forced. `served_*`: the same by arithmetic, in each that the repair is to be served
+    in. `generated_*`: the text of greedy generation, and `generation_exact_*` whether it equals the completion. Unless
+    the repair generated (`verify_generation`), both are told from the tokens: what is right teacher-forced is
+    generated, and the text of a wrong row ends with its first wrong token (None: an earlier version's report).
+    `goes_on`: what the model says next, to the end of the line, after a completion of the failures that it says right
+    now and that says nothing of where it ends (None: not looked at). `row` is the row's
+    index, from 0; `line` is how people count it, from 1; `id` is what it is called elsewhere.
     """
 
     source: str
@@ -84,6 +88,8 @@ class RowRecord:
     generation_exact_after: bool | None = None
     problem: str | None = None
     goes_on: str | None = None
+    served_before: dict[str, bool] = field(default_factory=dict)
+    served_after: dict[str, bool] = field(default_factory=dict)
     id: str | None = None
     line: int | None = None
 
@@ -95,19 +101,25 @@ class RowRecord:
     @property
     def was_right(self) -> bool:
         """Right before, by every check that was made."""
-        return self.exact_before and self.generation_exact_before is not False
+        generated = self.generation_exact_before is not False
+        return self.exact_before and generated and all(self.served_before.values())
 
     @property
     def is_right(self) -> bool:
         """Right after, by every check that was made."""
-        return self.exact_after and self.generation_exact_after is not False
+        generated = self.generation_exact_after is not False
+        return self.exact_after and generated and all(self.served_after.values())
 
     @property
     def broken(self) -> bool:
-        """Right before, by every check that was made, and wrong after."""
+        """Right before, by a check that was made, and wrong after."""
         teacher_forced = self.exact_before and not self.exact_after
         generated = bool(self.generation_exact_before) and self.generation_exact_after is False
-        return teacher_forced or generated
+        return teacher_forced or generated or any(self.broken_in(name) for name in self.served_before)
+
+    def broken_in(self, name: str) -> bool:
+        """Right before in the arithmetic of this name, and wrong after."""
+        return self.served_before[name] and not self.served_after.get(name, True)
 
 
 @dataclass
@@ -329,6 +341,15 @@ class RepairReport:
         if "texts" in self.harm:
             result["own_texts"] = self.harm["texts"]
             result["own_texts_unchanged"] = self.harm["unchanged"]
+        if served := list(rows[0].served_after if rows else {}):
+            result["served"] = {
+                name: {
+                    "rows_exact_before": sum(row.served_before[name] for row in rows),
+                    "rows_exact_after": sum(row.served_after[name] for row in rows),
+                    "retained_rows_broken": sum(row.broken_in(name) for row in retained),
+                }
+                for name in served
+            }
         if related:
             result["related_rows"] = len(related)
             result["related_fixed"] = sum(row.is_right and not row.was_right for row in related)
@@ -408,6 +429,20 @@ class RepairReport:
                 )
             if len(self.failures) > max_rows:
                 lines.append(f"| … | {len(self.failures) - max_rows} more | | | | |")
+            lines.append("")
+        if "served" in figures:
+            lines += ["| served as | rows right before | after | retained rows broken |", "| --- | --- | --- | --- |"]
+            lines += [
+                f"| {name} | {seen['rows_exact_before']} of {figures['rows']} | {seen['rows_exact_after']} | "
+                f"{seen['retained_rows_broken']} of {figures['retained_rows']} |"
+                for name, seen in figures["served"].items()
+            ]
+            lines.append("")
+            names = list(figures["served"])
+            lines += [f"| row | completion | right | {' | '.join(names)} |", f"|{' --- |' * (3 + len(names))}"]
+            for row in [row for row in self.rows if row.source == "failures"][:max_rows]:
+                marks = ("✓" if right else "✗" for right in (row.exact_after, *row.served_after.values()))
+                lines.append(f"| {row.row} | {code(row.completion)} | {' | '.join(marks)} |")
             lines.append("")
         going_on = [row for row in self.rows if row.goes_on is not None]
         if going_on:
@@ -532,6 +567,7 @@ _KINDS: dict[str, Any] = {
     "list[int]": list,
     "dict[str, float]": dict,
     "dict[str, int]": dict,
+    "dict[str, bool]": dict,
     "list[dict[str, Any]]": list,
     "list[str]": list,
 }

@@ -56,7 +56,9 @@ def test_every_setting_is_an_option_or_left_out_on_purpose(command: Any) -> None
     assert settings.keys() & options.keys() == settings.keys() - set(cli_repair.LEFT_OUT)
     for name in settings.keys() & options.keys():
         turned_off = settings[name].default is True  # by an option --no-...
-        assert options[name].default == (False if turned_off else settings[name].default), name
+        default = settings[name].default
+        default = list(default) if isinstance(default, tuple) else default  # an option that is repeated
+        assert options[name].default == (False if turned_off else default), name
         assert all(opt.startswith("--no-") for opt in options[name].opts) is turned_off, name
         assert options[name].help == settings[name].metadata["help"]
     for name in ("num_neurons", "neuron_pattern"):
@@ -68,7 +70,7 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
     names = {name for option in command.params for name in option.opts if name.startswith("-")}
     expected = (
         "--output -o --retain --related --neurons --layers --neuron-pattern --mode --algorithm --generalization "
-        "--steps --lr --norm --margin --reach --no-generate --background --ridge --damping --growth "
+        "--steps --lr --norm --margin --reach --generate --serve --background --ridge --damping --growth "
         "--occlusion --max-rounds --max-batch-tokens --dtype --device-map --revision --token --push-to-hub --private "
         "--overwrite --resume --json"
     )
@@ -80,7 +82,9 @@ def test_options_have_the_names_that_people_know(command: Any) -> None:
     [
         ("", {}),
         ("--steps 3 --lr 0.02", {"max_steps": 3, "learning_rate": 0.02}),
+        ("--generate", {"verify_generation": True}),
         ("--no-generate", {"verify_generation": False}),
+        ("--serve bf16 --serve q8_0", {"serve": ("bf16", "q8_0")}),
         ("--reach prompt", {"reach": "prompt"}),
         ("--damping 1.0 --growth 1.0 --occlusion exact", {"damping": 1.0, "growth": 1.0, "occlusion": "exact"}),
         ("--background 0 --ridge 0.0 --max-rounds 1", {"background": 0, "ridge": 0.0, "max_rounds": 1}),
@@ -243,7 +247,7 @@ def test_nothing_to_repair_is_0(run: Run, tiny_dir: Path, write_rows: Callable[.
 
 def test_repair_passes_its_options_on(run: Run, tiny_dir: Path, failures: Path, tmp_path: Path) -> None:
     options = "--layers 1,3 --neurons 0.25 --neuron-pattern layer-wise --mode single --steps 3 --lr 0.02 --norm max"
-    more = "--margin 0.05 --generalization 2 --no-generate --dtype float32 --device-map cpu --json"
+    more = "--margin 0.05 --generalization 2 --generate --serve bf16 --dtype float32 --device-map cpu --json"
     result = run("repair", tiny_dir, failures, "-o", tmp_path / "patch", *options.split(), *more.split())
     arguments = result.json["arguments"]
     expected = {
@@ -253,12 +257,13 @@ def test_repair_passes_its_options_on(run: Run, tiny_dir: Path, failures: Path, 
         "norm": "max",
         "margin": 0.05,
         "generalization": 2.0,
-        "verify_generation": False,
+        "verify_generation": True,
+        "serve": ["bf16"],
     }
     assert {key: arguments[key] for key in expected} == expected
     layers = {layer["name"]: len(layer["neurons"]) for layer in result.json["layers"]}
     assert set(layers) <= {"model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj"}
-    assert all(row["generated_after"] is None for row in result.json["rows"])
+    assert all(list(row["served_after"]) == ["bf16"] for row in result.json["rows"])
 
 
 @pytest.mark.parametrize(
@@ -305,7 +310,7 @@ def test_algorithm_1_by_its_name(run: Run, tiny_dir: Path, failures: Path, tmp_p
 
 
 def test_the_card_says_how_to_repeat_it(run: Run, tiny_dir: Path, failures: Path, tmp_path: Path) -> None:
-    options = "--neurons 32 --steps 1 --background 64 --ridge 0.001 --no-generate --dtype float32"
+    options = "--neurons 32 --steps 1 --background 64 --ridge 0.001 --serve bf16 --generate --dtype float32"
     assert run("repair", tiny_dir, failures, "-o", tmp_path / "patch", *options.split(), "--json").code == 1
     card = (tmp_path / "patch" / "README.md").read_text()
     assert f"peft-star repair {tiny_dir.name} failures.jsonl -o PATCH {options}\n" in card

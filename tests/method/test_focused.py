@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from peft_star import RepairArguments, RepairCallback, RepairInterrupted, repair
+from peft_star import RepairArguments, RepairCallback, RepairInterrupted, StarConfig, repair
 from peft_star.failures import encode_rows
 from peft_star.method import focused, namesakes
 from peft_star.method.background import FLOOR
 from peft_star.method.focused import WEIGHT, shielded
-from support.words import QUICK, RETAIN, ROWS, star, word_tokenizer
+from support.words import QUICK, RETAIN, ROWS, decided, star, word_tokenizer
 
 FOCUSED = [{**ROWS[0], "focus": "w9 w11"}, {**ROWS[1], "focus": "w30 w31"}]
 NAMES = [f"model.layers.{index}" for index in range(3)]
@@ -217,3 +218,25 @@ def test_what_stands_beside_the_focus_and_other_names_there_are_protected(tokeni
     fronts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in focused.FRONT[: focused.SEARCHED]]
     beside = sum(len(ids) + 3 for ids in fronts)  # the row's four tokens but for its focus
     assert len(parts[0]) == 16 + beside + namesakes.EACH
+
+
+def spread_by(tokenizer, monkeypatch, replaying):
+    """The deltas of pushes spread over three of six layers, and how many layers all of that ran."""
+    monkeypatch.setattr(focused, "BAND", (1 / 6, 3 / 6))
+    monkeypatch.setattr(focused, "replays_exactly", lambda model, lowest: replaying)
+    config = StarConfig(task_type="CAUSAL_LM", num_neurons=32, num_layers=1)
+    model, ran = get_peft_model(decided(num_hidden_layers=6), config), []
+    for number in range(6):
+        attention = model.base_model.model.get_submodule(f"model.layers.{number}.self_attn")
+        attention.register_forward_hook(lambda module, args, output: ran.append(module))
+    repair(model, tokenizer, FOCUSED, RepairArguments(learning_rate=0.05, **QUICK))
+    return {name: value.clone() for name, value in model.state_dict().items() if "star_" in name}, len(ran)
+
+
+def test_what_is_replayed_below_the_band_changes_nothing(tokenizer, monkeypatch):
+    """The same deltas as with every site read in full, by fewer layers."""
+    (replayed, fewer), (full, more) = (spread_by(tokenizer, monkeypatch, exact) for exact in (True, False))
+    assert replayed.keys() == full.keys() and fewer < more
+    assert all(any(f"layers.{number}." in name for name in full) for number in (1, 2, 3))
+    for name, value in full.items():
+        torch.testing.assert_close(replayed[name], value)

@@ -88,7 +88,7 @@ def test_without_background_nothing_is_measured(tokenizer):
 @pytest.mark.parametrize("share, left", [(1.0, []), (0.9, [2]), (0.5, [1, 2]), (0.01, [1, 2])])
 def test_the_rows_that_cost_most_are_left_out(share, left):
     rows = [SimpleNamespace(index=index, completion_ids=(1, 2)) for index in range(3)]
-    case = SimpleNamespace(rows=rows, failing=lambda seen: torch.tensor([0, 2, 3, 4]))
+    case = SimpleNamespace(rows=rows, failing=lambda seen, gaps: torch.tensor([0, 2, 3, 4]))
     journal = SimpleNamespace(costs={0: 1.0, 2: 1.0, 3: 2.0, 4: 6.0})
-    found = _costly(SimpleNamespace(journal=journal), case, SimpleNamespace(predictions=None), share)
+    found = _costly(SimpleNamespace(journal=journal), case, SimpleNamespace(predictions=None, gaps=None), share)
     assert sorted(found) == left

@@ -285,3 +285,17 @@ def test_any_slots_can_be_differentiated():
     weight.grad = None
     differentiate(engine, batches, torch.zeros_like(wanted))
     assert weight.grad is None
+
+
+def test_gaps_ask_for_more_than_the_margin():
+    now = Predictions.empty(3)
+    now.expected[:], now.argmax[:] = 5, 5
+    now.p_expected[:], now.margin[:], now.gap[:] = 0.9, 0.85, torch.tensor([1.0, 2.0, 3.0])
+    plain = Task.of(torch.tensor([0, 1]), now, 0.01)
+    wide = Task.of(torch.tensor([0, 1]), now, 0.01, torch.tensor([1.5, 1.5, 9.0]))
+    assert plain.done(now) and plain.num_solved(now) == 2
+    # of tokens that are no failures no gap is asked for
+    assert wide.wanting(now).tolist() == [True, False, False] and wide.num_solved(now) == 1
+    assert wide.done_by_margin(now) and not wide.done(now)
+    torch.testing.assert_close(wide.shortfall(now), torch.tensor([0.5, -0.5, 6.0]))
+    assert (plain.shortfall(now) < 0).all()

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from peft_star import RepairArguments, repair
 from peft_star.engine.batch import completion_offsets
 from peft_star.engine.engine import Engine
 from peft_star.engine.passes import completion_logits, predict
 from peft_star.failures import encode_rows
-from peft_star.method.verify import Case, look_at_related, look_before, verify
+from peft_star.method import verify as verify_module
+from peft_star.method.verify import Case, look_after, look_at_related, look_before, verify
 from support.tiny_models import MODELS, VOCAB
-from support.words import MANY, RETAIN, ROWS, own_continuations, running, star, word_tokenizer
+from support.words import MANY, QUIET, RETAIN, ROWS, own_continuations, running, star, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,12 @@ def test_the_slots_of_related_rows_lie_behind_all_that_is_patched_for(tokenizer)
 
 @pytest.mark.parametrize("mode", ["multiple", "single"])
 def test_related_rows_are_seen_without_what_patches_seeing_them(mode, tokenizer):
-    with running(star(), tokenizer, mode=mode) as run:
+    with running(star(), tokenizer, mode=mode, verify_generation=True) as run:
         parts = [run.subject.encode(rows, "row") for rows in (ROWS, RETAIN, own_continuations(tokenizer)[:2])]
         case = Case.of(run.engine, *parts)
         before, traced = look_before(run, case)
         seen = look_at_related(run, case, before)
-        now = verify(run, case, before.predictions, with_generation=True)
+        now = verify(run, case, look_after(run, case, before.predictions), with_generation=True)
         logits = torch.cat([completion_logits(run.engine.model, batch) for batch in case.related_batches])
     slots = torch.cat([batch.slots for batch in case.related_batches])
     assert len(before.predictions.right) == slots.min() == case.parts["related"][1].start
@@ -120,7 +122,7 @@ def looked_at(tokenizer, mode, **arguments):
         )
         seen, traced = look_before(run, case)
         handle.remove()
-        now = verify(run, case, None, with_generation=False)
+        now = verify(run, case, look_after(run, case, None), with_generation=False)
         logits = torch.cat([completion_logits(run.engine.model, batch) for batch in case.retained_batches])
     return case, seen, traced, now, sizes, logits
 
@@ -128,7 +130,7 @@ def looked_at(tokenizer, mode, **arguments):
 @pytest.mark.parametrize("mode", ["multiple", "single"])
 def test_one_pass_tells_what_was_before(mode, tokenizer):
     """That of the trace, in the mode that traces all failures together."""
-    case, seen, traced, now, sizes, logits = looked_at(tokenizer, mode, verify_generation=False)
+    case, seen, traced, now, sizes, logits = looked_at(tokenizer, mode)
     assert sizes == [len(batch.items) for batch in (*case.batches, *case.retained_batches)] and not seen.generated
     assert (traced is not None) == (mode == "multiple")
     if traced is not None:
@@ -144,7 +146,7 @@ def test_one_pass_tells_what_was_before(mode, tokenizer):
 
 @pytest.mark.parametrize("mode", ["multiple", "single"])
 def test_generation_before_is_of_all_rows(mode, tokenizer):
-    case, seen, *_ = looked_at(tokenizer, mode)
+    case, seen, *_ = looked_at(tokenizer, mode, verify_generation=True)
     assert [len(tokens) for tokens in seen.generated["failures"]] == [2, 1]
     assert seen.generated["retain"] == [row.completion_ids for row in case.retained]
 
@@ -155,8 +157,58 @@ def test_predictions_that_are_known_are_not_made_again_nor_written_to(tokenizer)
         case = Case.of(run.engine, rows, retained)
         known = case.nothing_seen()
         known.gap[:] = 7
-        now = verify(run, case, known, with_generation=True)
+        now = verify(run, case, look_after(run, case, known), with_generation=True)
     own = case.parts["failures"][1]
     assert (now.predictions[own].gap == 7).all() and (now.predictions.gap[own.stop :] != 7).all()
     assert (known.gap == 7).all()
     assert all(token < VOCAB for tokens in now.generated["failures"] for token in tokens)
+
+
+@pytest.mark.parametrize("mode", ["multiple", "single"])
+def test_what_tokens_tell_is_what_is_generated(mode, tokenizer):
+    """A report made without generating says of each row what a generation says, up to its first wrong token."""
+    reports = []
+    for steps in (1, 40):  # one leaves rows wrong
+        arguments = {**QUIET, "max_steps": steps, "mode": mode, "learning_rate": 0.004 if steps == 1 else 0.05}
+        rows, related = (own_continuations(tokenizer, seed=seed)[:2] for seed in (0, 3))
+        for generate in (False, True):
+            settings = RepairArguments(**arguments, verify_generation=generate)
+            reports.append(repair(star(), tokenizer, ROWS, settings, retain=rows, related=[*related, *MANY[2:]]))
+        told, generated = reports[-2:]
+        assert [row.generation_exact_after for row in generated.rows] != [None] * len(generated.rows)
+        for one, other in zip(told.rows, generated.rows):
+            for when in ("before", "after"):
+                exact, text, spoken = (
+                    getattr(one, f"generation_exact_{when}"),
+                    getattr(one, f"generated_{when}"),
+                    getattr(other, f"generated_{when}"),
+                )
+                assert exact == getattr(one, f"exact_{when}") == getattr(other, f"generation_exact_{when}")
+                assert text == spoken if exact else spoken.startswith(text) and text
+        assert told.success == generated.success and told.summary().keys() == generated.summary().keys()
+    assert {report.success for report in reports} == {True, False}
+
+
+def test_nothing_is_generated_unless_it_is_asked_for(tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(verify_module, "generate_all", lambda run, case: asked.append(case) or {})
+    repair(star(), tokenizer, ROWS, RepairArguments(**QUIET))
+    assert not asked
+    repair(star(), tokenizer, ROWS, RepairArguments(**QUIET, verify_generation=True))
+    assert len(asked) == 2
+
+
+def test_behind_a_line_that_ends_nothing_is_generated(tokenizer, monkeypatch):
+    sizes = []
+    real = verify_module.generate
+    monkeypatch.setattr(
+        verify_module, "generate", lambda e, t, rows, **k: sizes.append(len(rows)) or real(e, t, rows, **k)
+    )
+    model = star()
+    report = repair(model, tokenizer, ROWS, RepairArguments(**QUIET))
+    assert sizes == [2] and all(row.goes_on for row in report.rows)
+    said = [tokenizer(row.goes_on.split()[0])["input_ids"][0] for row in report.rows]
+    monkeypatch.setattr(verify_module, "_ends", lambda tokenizer, token: token == said[0])
+    again = repair(model, tokenizer, ROWS, RepairArguments(**QUIET))
+    assert sizes == [2, 1 if said[0] != said[1] else 0]
+    assert again.rows[0].goes_on == tokenizer.decode([said[0]]) and again.rows[1].goes_on == report.rows[1].goes_on

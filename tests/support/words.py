@@ -27,7 +27,7 @@ ROWS = [
 RETAIN = [{"prompt": "w50 w51", "completion": " w52 w53 w54"}]
 MANY = [*ROWS, *RETAIN]  # more than a few steps solve
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(3)]
-QUICK = {"disable_tqdm": True, "verify_generation": False}
+QUICK = {"disable_tqdm": True}
 QUIET = {"disable_tqdm": True, "max_steps": 40, "learning_rate": 0.05, "norm": "rms"}
 
 

@@ -1,14 +1,18 @@
 """On real weights (SmolLM2-135M-Instruct): what only a trained model can show."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
 from peft_star import RepairArguments, StarConfig, repair
+from peft_star.engine.arithmetic import BF16, Q8_0, predict_in
 from peft_star.engine.batch import make_batches
 from peft_star.engine.engine import Engine
 from peft_star.engine.passes import generate, teacher_forced
-from peft_star.failures import encode_rows
+from peft_star.engine.predictions import Predictions
+from peft_star.failures import encode_rows, read_rows
 from peft_star.loading import load_model
 from peft_star.method.background import background_text
 
@@ -151,3 +155,48 @@ def test_generalization_moves_related_failures_further(smollm2):
         gained[generalization] = (now.gap - before.gap).mean().item()
         model.unload()
     assert gained[5.0] > 1.05 * gained[0.0] > 0, gained
+
+
+@pytest.mark.slow
+def test_what_tokens_tell_is_what_a_real_model_generates(smollm2):
+    """A report made without generating says what one with generation says, of right and of wrong rows."""
+    base, tokenizer = smollm2
+    kept, reports = fresh_rows(base, tokenizer), []
+    for generating in (None, True):
+        model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=64))
+        arguments = RepairArguments(disable_tqdm=True, reach="prompt", verify_generation=generating)
+        reports.append(repair(model, tokenizer, FAILURES, arguments, retain=RETAIN, related=kept))
+        model.unload()
+    for told, generated in zip(reports[0].rows, reports[1].rows):
+        for when in ("before", "after"):
+            exact = getattr(told, f"exact_{when}")
+            assert getattr(told, f"generation_exact_{when}") == getattr(generated, f"generation_exact_{when}") == exact
+            assert getattr(generated, f"generated_{when}").startswith(getattr(told, f"generated_{when}"))
+    assert {row.generation_exact_before for row in reports[0].rows} == {True, False}
+    assert [row.goes_on for row in reports[0].rows] == [row.goes_on for row in reports[1].rows]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_repair_holds_where_it_is_to_be_served(smollm2):
+    """Every row of the examples is right in bfloat16 and as llama.cpp's 8-bit blocks compute, each drawn anew."""
+    base, tokenizer = smollm2
+    examples = Path(__file__).parents[2] / "examples"
+    rows, retained = (read_rows(examples / f"{name}.jsonl") for name in ("failures", "retain"))
+    model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
+    arguments = RepairArguments(disable_tqdm=True, reach="prompt", serve=("bf16", "q8_0"))
+    report = repair(model, tokenizer, rows, arguments, retain=retained)
+    assert report.success, report.to_markdown()
+    encoded, generator = encode_rows(rows, tokenizer), torch.Generator().manual_seed(0)
+    batches = make_batches(encoded, 2048)
+
+    def disturb(module, args, output):
+        return output + 5e-4 * output * torch.randn(output.shape, generator=generator).to(output)
+
+    handle = base.get_input_embeddings().register_forward_hook(disturb)
+    for arithmetic in (BF16, Q8_0):
+        for _ in range(3):
+            into = Predictions.empty(sum(len(row.completion_ids) for row in encoded))
+            assert predict_in(Engine(base), arithmetic, batches, into).right.all(), arithmetic.name
+    handle.remove()
+    model.unload()

@@ -166,7 +166,10 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     table.add_row("failing tokens solved", f"[{mark}]{figures['solved']} of {figures['failures']}[/]")
     rows = figures["rows"]
     table.add_row("rows right", f"{figures['rows_exact_before']} -> {figures['rows_exact_after']} of {rows}")
-    if "rows_generated_exact_after" in figures:
+    for name, seen in figures.get("served", {}).items():
+        right = f"{seen['rows_exact_before']} -> {seen['rows_exact_after']} of {rows}"
+        table.add_row(f"rows right served as {visible(name)}", right)
+    if report.arguments.get("verify_generation") and "rows_generated_exact_after" in figures:
         generated = f"{figures['rows_generated_exact_before']} -> {figures['rows_generated_exact_after']} of {rows}"
         table.add_row("rows generated right", generated)
     if figures["retained_rows"]:

@@ -26,7 +26,8 @@ class Option:
 
     Attributes:
         field: The field's name.
-        name: The option as it is typed, such as `--lr`. Of a switch that is on by default, it is what turns it off.
+        name: The option as it is typed, such as `--lr`. Of a switch that is on by default, it is what turns it off; of
+            one that may be on, off or neither, what turns it off stands behind a slash.
         kind: The field's type. `int | float`, maybe "auto", is an amount (see [`parse_amount`]); of lists and tuples,
             the option is repeated for each item.
         default: The field's default.
@@ -76,7 +77,8 @@ class Option:
         if value == self.default:
             return []
         if isinstance(value, bool):
-            return [self.name]
+            on, _, off = self.name.partition("/")
+            return [on if value or not off else off]
         items = value if isinstance(value, (list, tuple)) else [value]
         return [word for item in items for word in (self.name, str(item))]
 

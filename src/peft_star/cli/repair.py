@@ -47,7 +47,7 @@ ARGUMENTS = options_of(
     {
         "max_steps": "--steps",
         "learning_rate": "--lr",
-        "verify_generation": "--no-generate",
+        "verify_generation": "--generate/--no-generate",
     },
     first=("mode", "algorithm", "generalization", "max_steps"),
     left_out=LEFT_OUT,

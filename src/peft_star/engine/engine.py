@@ -12,6 +12,7 @@ from ..failures import Row
 from ..models.inputs import input_device
 from .batch import Batch, make_batches
 from .distributed import ALONE, Team
+from .replay import Replay
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Engine:
     max_batch_tokens: int = 2048
     team: Team = ALONE
     replay: Callable[[Batch], AbstractContextManager] = nullcontext
+
+    def forget(self) -> None:
+        """Drop what was recorded of the lower layers, because they have changed."""
+        if isinstance(self.replay, Replay):
+            self.replay.drop()
 
     def batches(self, rows: Sequence[Row]) -> list[Batch]:
         """The rows in batches for this model, such that each process gets one."""

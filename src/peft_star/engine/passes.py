@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..failures import Row
 from ..models.inputs import input_device
@@ -37,11 +39,14 @@ def predict(
     batches: Sequence[Batch],
     into: Predictions,
     progress: Callable[[int], None] | None = None,
+    replayed: bool = False,
 ) -> Predictions:
     """Read what the model says at the batches' completion tokens, given the right ones before them, into their slots
-    of `into` (S), which is returned."""
+    of `into` (S), which is returned. `replayed`: the engine records the batches' lower layers, or replays them."""
     for batch in engine.team.share(batches):
-        into.read(batch, completion_logits(engine.model, batch))
+        with engine.replay(batch) if replayed else nullcontext():
+            logits = completion_logits(engine.model, batch)
+        into.read(batch, logits)
         if progress is not None:
             progress(len(batch.items))
     engine.team.join(into, batches)
@@ -55,8 +60,26 @@ def teacher_forced(
     return predict(engine, batches, Predictions.empty(sum(map(len, batches))), progress)
 
 
+@torch.no_grad()
+def next_tokens(engine: Engine, batches: Sequence[Batch]) -> dict[int, int]:
+    """By index of the batches' rows the token that the model says behind their completions."""
+    found: dict[int, int] = {}
+    for batch in engine.team.share(batches):
+        counts = torch.tensor([len(row.completion_ids) for row in batch.items], device=batch.rows.device)
+        last = counts.cumsum(0) - 1
+        reader = replace(batch, rows=batch.rows[last], positions=batch.positions[last] + 1)
+        with engine.replay(batch):
+            said = completion_logits(engine.model, reader).argmax(-1)
+        found |= dict(zip((row.index for row in batch.items), said.tolist()))
+    return {index: token for part in engine.team.gather(found) for index, token in part.items()}
+
+
 def generate(
-    engine: Engine, tokenizer, rows: Sequence[Row], progress: Callable[[int], None] | None = None
+    engine: Engine,
+    tokenizer,
+    rows: Sequence[Row],
+    progress: Callable[[int], None] | None = None,
+    line_end: bool = False,
 ) -> list[tuple[int, ...]]:
     """Greedy generation after each row's prompt, as many tokens as its completion has (fewer when the model stops).
 
@@ -65,13 +88,14 @@ def generate(
         tokenizer: Its tokenizer, for the end-of-sequence token.
         rows: The rows, dealt out to the engine's processes.
         progress: Called with the number of rows done.
+        line_end: Also stop behind the first token with a line's end.
 
     Returns:
         `list[tuple[int, ...]]`: New token ids per row; equal to `row.completion_ids` when the row is right.
     """
     done: dict[int, tuple[int, ...]] = {}
     for group in _groups(engine.team.share_rows(rows), engine.team.limit(engine.max_batch_tokens, rows)):
-        done |= _generate_group(engine.model, tokenizer, group)
+        done |= _generate_group(engine.model, tokenizer, group, line_end)
         if progress is not None:
             progress(len(group))
     found = {index: tokens for part in engine.team.gather(done) for index, tokens in part.items()}
@@ -91,7 +115,18 @@ def _groups(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
         yield group
 
 
-def _generate_group(model: Any, tokenizer, group: Sequence[Row]) -> dict[int, tuple[int, ...]]:
+class _LineEnded(StoppingCriteria):
+    """Ends a sequence behind its first token with a line's end."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        ended = ["\n" in self.tokenizer.decode([token]) for token in input_ids[:, -1].tolist()]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _generate_group(model: Any, tokenizer, group: Sequence[Row], line_end: bool = False) -> dict[int, tuple[int, ...]]:
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
     width = max(len(row.prompt_ids) for row in group)
@@ -112,11 +147,12 @@ def _generate_group(model: Any, tokenizer, group: Sequence[Row]) -> dict[int, tu
             use_cache=True,
             max_new_tokens=max(len(row.completion_ids) for row in group),
         ),
+        stopping_criteria=StoppingCriteriaList([_LineEnded(tokenizer)] if line_end else []),
     )
     done = {}
     for row, tokens in zip(group, output[:, width:].tolist()):
         tokens = tokens[: len(row.completion_ids)]
-        if eos in tokens:
-            tokens = tokens[: tokens.index(eos) + 1]
+        ends = (n for n, token in enumerate(tokens) if token == eos or line_end and "\n" in tokenizer.decode([token]))
+        tokens = tokens[: next(ends, len(tokens)) + 1]
         done[row.index] = tuple(tokens)
     return done

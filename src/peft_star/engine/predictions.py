@@ -30,8 +30,8 @@ class Predictions:
     def right(self) -> torch.Tensor:
         return self.argmax == self.expected
 
-    def __getitem__(self, slots: slice) -> Predictions:
-        """Those at some of the slots, which share their memory with these."""
+    def __getitem__(self, slots: slice | torch.Tensor) -> Predictions:
+        """Those at some of the slots, which share their memory with these if it is a slice."""
         return Predictions(*(getattr(self, f.name)[slots] for f in fields(self)))
 
     def copy(self) -> Predictions:

@@ -12,6 +12,7 @@ ALGORITHMS = ("protected", "prior-guided")
 NORMS = ("std", "rms", "max", "l2")
 OCCLUSIONS = ("first-order", "exact")
 REACHES = ("problem", "prompt")
+SERVED = ("base", "fp32", "bf16", "fp16", "q8_0")
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -76,7 +77,14 @@ class RepairArguments:
             code and chat that come with the package, that may come out changed. A repair that changes more starts
             again without reaching beyond its rows, and then without the rows that cost most, which are reported. 1:
             as many as it takes. Without `background` nothing is measured.
-        verify_generation (`bool`): Also generate greedily before and after, and compare with the completions.
+        serve (`tuple[str, ...]`): The arithmetics of what will serve the model: `"bf16"`, `"fp16"`, `"fp32"`,
+            `"q8_0"` (llama.cpp's 8-bit blocks), or `"base"`: the base's own data type or, where `load_model` read it
+            from a `.gguf` file, that of the file, with activations as llama.cpp rounds them. Failures get the margins
+            that they need to hold in each, and the report says whether they do. An empty tuple: the model's own alone.
+        verify_generation (`bool`, optional): Also generate greedily from all rows, before and after, and compare with
+            the completions. From a row all of whose tokens are right teacher-forced its completion is generated, so
+            without it the report says the same, but for the texts of wrong rows behind their first wrong token. False:
+            nothing is generated, not even what the model goes on to say behind the completions.
         keep_earlier (`bool`): What earlier repairs of the patch have solved or retained must stay right: their rows,
             from the patch's ledger, are treated like retained ones.
         ledger_rows (`bool`): The ledger keeps the rows, so that a later repair can look at them and `check` run them
@@ -175,12 +183,21 @@ class RepairArguments:
             )
         },
     )
-    verify_generation: bool = field(
-        default=True,
+    serve: tuple[str, ...] = field(
+        default=("base",),
         metadata={
             "help": (
-                "Whether to also generate greedily before and after, and compare with the completions, or to check "
-                "tokens only."
+                "The arithmetic that will serve the model, in which the repair is to hold, too: bf16, fp16, fp32, "
+                "q8_0, or base (the base's own). Repeat it for several."
+            )
+        },
+    )
+    verify_generation: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Also generate greedily from all rows before and after, and compare with the completions, which right "
+                "tokens tell, too; or generate nothing, not even what is said behind the completions."
             )
         },
     )
@@ -212,6 +229,11 @@ class RepairArguments:
             raise ValueError(f"`background` is {self.background!r}; give a number of tokens, or 0 for no protection.")
         if not isinstance(self.note, str):
             raise TypeError(f"`note` is {self.note!r}; give text.")
+        if not isinstance(self.serve, (str, list, tuple)):
+            raise TypeError(f"`serve` is {self.serve!r}; give a tuple of {', '.join(map(repr, SERVED))}.")
+        self.serve = (self.serve,) if isinstance(self.serve, str) else tuple(dict.fromkeys(self.serve))
+        for name in self.serve:
+            _choice("serve", name, SERVED)
         _choice("mode", self.mode, MODES)
         _choice("algorithm", self.algorithm, ALGORITHMS)
         _choice("reach", self.reach, REACHES)
@@ -220,4 +242,4 @@ class RepairArguments:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
-        return asdict(self)
+        return {**asdict(self), "serve": list(self.serve)}

@@ -10,15 +10,16 @@ by forward passes, and whatever it does not solve is left to the pushes at the f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..engine.batch import completion_offsets, make_batches
+from ..engine.batch import Batch, completion_offsets, make_batches
 from ..engine.distributed import ALONE
 from ..engine.predictions import Predictions
 from ..engine.recording import leaving, recording_inputs, run_until_left
+from ..engine.replay import Replay, replays_exactly
 from ..failures import Row
 from ..models import structure
 from ..models.inputs import input_device
@@ -161,16 +162,42 @@ class _Reader:
         self.run, self.model = run, run.engine.model
         self.top = run.subject.decoder_of[band[-1]]
         self.ffns = {name: run.subject.base.get_submodule(name) for name in band}
+        # what lies below each layer of the band, where the sites are read again and again
+        exact = replays_exactly(self.model, self.top)
+        layers = [run.subject.decoder_of[name] for name in band if exact]
+        self.below = [Replay(self.model, layer, check=False) for layer in layers]
+        self._sites: list[Batch] | None = None
 
-    @torch.no_grad()
-    def read(self, texts: Sequence[tuple[int, ...]]) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor]]:
-        """Per FFN v (T, m), and the states (T, d) that leave the band, of each text."""
-        v: dict[str, list] = {name: [None] * len(texts) for name in self.ffns}
-        states: list = [None] * len(texts)
+    def _batches(self, texts: Sequence[tuple[int, ...]]) -> list[Batch]:
         # the last token stands for the completion that a row must have; nothing is read behind it
         rows = [Row(index, "", "", ids, ids[-1:]) for index, ids in enumerate(texts)]
-        for batch in make_batches(rows, self.run.args.max_batch_tokens, input_device(self.model)):
-            with recording_inputs(self.ffns) as found, leaving(self.model.get_submodule(self.top)) as left:
+        return make_batches(rows, self.run.args.max_batch_tokens, input_device(self.model))
+
+    @torch.no_grad()
+    def read(
+        self,
+        texts: Sequence[tuple[int, ...]],
+        batches: Sequence[Batch] | None = None,
+        replays: Sequence[Replay] = (),
+        names: Sequence[str] | None = None,
+    ) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor]]:
+        """Per FFN v (T, m), and the states (T, d) that leave the band, of each text.
+
+        Args:
+            texts: The texts' tokens.
+            batches: They in batches, where they are at hand.
+            replays: What is recorded or replayed of the layers below.
+            names: The FFNs, if not all.
+        """
+        ffns = self.ffns if names is None else {name: self.ffns[name] for name in names}
+        v: dict[str, list] = {name: [None] * len(texts) for name in ffns}
+        states: list = [None] * len(texts)
+        for batch in self._batches(texts) if batches is None else batches:
+            with ExitStack() as stack:
+                for replay in replays:
+                    stack.enter_context(replay(batch))
+                found = stack.enter_context(recording_inputs(ffns))
+                left = stack.enter_context(leaving(self.model.get_submodule(self.top)))
                 run_until_left(self.model, batch)
             for number, row in enumerate(batch.items):
                 length = len(texts[row.index])
@@ -179,12 +206,27 @@ class _Reader:
                 states[row.index] = left[0][number, :length].float()
         return v, states
 
-    def at_sites(self, named: Sequence[Named]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def at_sites(
+        self, named: Sequence[Named], changed: int | None = None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Per FFN V (n, m), and the states (n, d) that leave the band, at n tokens: means over the texts in front, of
-        V with the row as it is counting as much as all others together."""
+        V with the row as it is counting as much as all others together.
+
+        Args:
+            named: The same each time.
+            changed: Which layer of the band is the only one that has changed since the last call, of whose FFN's next
+                one V is wanted; None: any may have, and V is wanted of all.
+        """
         versions = [version for one in named for version in zip(one.site.rows, one.site.positions)]
         texts, places = [row.input_ids[: place[-1] + 1] for row, place in versions], [place for _, place in versions]
-        v, states = self.read(texts)
+        if self._sites is None:
+            self._sites = self._batches(texts)
+        first = 0 if changed is None else changed
+        for later in self.below[first + 1 :]:
+            later.drop()
+        replays = self.below[first : first + 2]
+        names = None if changed is None else list(self.ffns)[changed + 1 : changed + 2]
+        v, states = self.read(texts, self._sites, replays, names)
         count = len(FRONT)
 
         def mean(values: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -250,7 +292,7 @@ class _Reader:
         takes its share of what is still missing (MEMIT, equation 20). `unpatched` is what [`at_sites`] reads without
         a push."""
         for number, layer in enumerate(layers):
-            v, states = self.at_sites(named)
+            v, states = self.at_sites(named, number - 1 if number else None)
             missing = (targets.to(states) - (states - unpatched[1])) / (len(layers) - number)
             neurons = layer.neurons.to(states.device)
             values = v[layer.name].index_select(1, neurons).double()

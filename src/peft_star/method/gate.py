@@ -61,6 +61,7 @@ def within_limits(
                 break
             case = replace(case, left_out=case.left_out | costly)
         start.put_back(run.subject)
+        run.forget()
         run.journal.begin_again()
         now, harm = patch(modest, case, before, _traced_again(run, case, before, traced)), measure(run)
     _tell(run, case, harm, limit)
@@ -76,13 +77,19 @@ def _traced_again(run: Run, case: Case, before: Seen, traced: Trace | None) -> T
     """The trace of the failures that are not left out."""
     if traced is None:
         return None
-    return trace(run.engine, case.batches, run.probe(), at=case.failing(before.predictions), start=before.predictions)
+    return trace(
+        run.engine,
+        case.batches,
+        run.probe(),
+        at=case.failing(before.predictions, before.gaps),
+        start=before.predictions,
+    )
 
 
 def _costly(run: Run, case: Case, before: Seen, share: float) -> frozenset[int]:
     """The rows, by index, without which the patch's estimated effect on other text is no more than `share` of what it
     is: those that cost most, but never all."""
-    failing = set(case.failing(before.predictions).tolist())
+    failing = set(case.failing(before.predictions, before.gaps).tolist())
     starts = completion_offsets(case.rows)
     costs = {
         row.index: sum(run.journal.costs.get(slot, 0.0) for slot in failing.intersection(range(start, end)))

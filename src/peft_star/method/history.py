@@ -11,7 +11,6 @@ import torch
 
 from ..engine.passes import completion_logits
 from ..engine.recording import recording_inputs
-from ..failures import Row
 from ..models.names import plain_name
 from ..report import RepairReport
 from ..row_checks import COLUMNS
@@ -166,14 +165,15 @@ def ledger_rows(
         for number, (row, raw) in enumerate(zip(encoded, given.get(source) or ())):
             part = slice(start, start := start + len(row.completion_ids))
             wrong_was, wrong_now = ((~right[part]).nonzero()[:, 0].tolist() for right in (was, now))
-            exact_was, exact_now = (_exact(texts, number, row) for texts in generated)
+            # unless it was generated, the tokens tell
+            wrong = (wrong_was, wrong_now)
+            exact_was, exact_now = (
+                not wrong_then if texts is None else texts[number] == row.completion_ids
+                for texts, wrong_then in zip(generated, wrong)
+            )
             plain = {key: value for key, value in raw.items() if value is not None or key in COLUMNS}
             found.append(LedgerRow(source, plain, len(row.completion_ids), wrong_was, wrong_now, exact_was, exact_now))
     return found
-
-
-def _exact(generated: Sequence[tuple[int, ...]] | None, number: int, row: Row) -> bool | None:
-    return None if not generated else generated[number] == row.completion_ids
 
 
 @torch.no_grad()

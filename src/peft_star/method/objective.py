@@ -15,18 +15,25 @@ from ..engine.predictions import Predictions
 
 @dataclass(frozen=True)
 class Task:
-    """The failures `medium` and the tokens `right_before`, masks over the S completion tokens; no token is in both."""
+    """The failures `medium` and the tokens `right_before`, masks over the S completion tokens; no token is in both.
+    A failure is solved by the `margin` in probability, and by its gap in logits where there are `gaps` (S)."""
 
     medium: torch.Tensor
     right_before: torch.Tensor
     margin: float
+    gaps: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, medium: torch.Tensor, before: Predictions, margin: float) -> Task:
+    def of(cls, medium: torch.Tensor, before: Predictions, margin: float, gaps: torch.Tensor | None = None) -> Task:
         """The task of solving the slots `medium` (n), starting from the predictions `before` (S)."""
         is_medium = torch.zeros_like(before.right)
         is_medium[medium] = True
-        return cls(is_medium, before.right & ~is_medium, margin)
+        return cls(is_medium, before.right & ~is_medium, margin, gaps)
+
+    def solved(self, now: Predictions) -> torch.Tensor:
+        """Which of the S tokens are right by as much as is asked for."""
+        solved = now.solved(self.margin)
+        return solved if self.gaps is None else solved & (now.gap >= self.gaps)
 
     def broken(self, now: Predictions) -> torch.Tensor:
         return self.right_before & ~now.right
@@ -37,27 +44,32 @@ class Task:
 
     def wanting(self, now: Predictions) -> torch.Tensor:
         """Tokens that are not as they should be: failures not solved by the margin, and broken ones."""
-        return self.medium & ~now.solved(self.margin) | self.broken(now)
+        return self.medium & ~self.solved(now) | self.broken(now)
 
     def done(self, now: Predictions) -> bool:
         return not self.wanting(now).any()
 
+    def done_by_margin(self, now: Predictions) -> bool:
+        """Whether all is as wanted but for the gaps."""
+        return not (self.medium & ~now.solved(self.margin) | self.broken(now)).any()
+
     def num_solved(self, now: Predictions) -> int:
-        return int(now.solved(self.margin)[self.medium].sum())
+        return int(self.solved(now)[self.medium].sum())
 
     def score(self, now: Predictions) -> tuple[int, int, int]:
         """Ranks states: most failures right, then fewest tokens broken, then most solved."""
         return int(now.right[self.medium].sum()), -int(self.broken(now).sum()), self.num_solved(now)
 
     def shortfall(self, now: Predictions) -> torch.Tensor:
-        """By how much the logit gap of each of the S tokens falls short of what the margin needs (below 0: enough).
+        """By how much the logit gap of each of the S tokens falls short of what is asked for (below 0: enough).
 
         With s = p(expected) + p(rival), the margin is s · tanh(gap / 2). Where s is still too small for the margin, a
         gap is aimed at with which both would hold enough of the probability.
         """
         enough = min((1 + self.margin) / 2, 2 * self.margin)
         share = (2 * now.p_expected - now.margin).clamp(min=max(enough, 1e-6))
-        return 2 * torch.atanh(self.margin / share) - now.gap
+        wanted = 2 * torch.atanh(self.margin / share)
+        return (wanted if self.gaps is None else torch.maximum(wanted, self.gaps)) - now.gap
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,10 @@ class Goal:
         medium: torch.Tensor,
         before: Predictions,
         margin: float,
+        gaps: torch.Tensor | None = None,
     ) -> Goal:
         """The goal of solving the slots `medium` (n), starting from the predictions `before` (S)."""
-        return cls(tuple(batches), tuple(unwatched), Task.of(medium, before, margin), before)
+        return cls(tuple(batches), tuple(unwatched), Task.of(medium, before, margin, gaps), before)
 
     def look(self, engine: Engine, *, differentiate: bool = False) -> tuple[Predictions, float]:
         """What the model says now, and the loss over what is at stake.

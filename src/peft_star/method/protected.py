@@ -43,6 +43,8 @@ LIMIT = 100
 # with `reach="problem"`: the ridge of the first steps, relative: so large that each failure is pushed by what all of
 # them have in common, too, and how many steps; what is left then is pushed for itself
 RIDGE, SHARED_STEPS = 10.0, 2
+# so many steps try to give every failure the gap that it needs where it is served, once all are solved by the margin
+WIDENING = 3
 # by which factors a finished patch grows as long as nobody beside the failures is disturbed
 GROWTH = (1.25, 1.6, 2.0, 2.5, 3.0)
 
@@ -151,7 +153,8 @@ def patch(
             if protection.bystanders is not None:
                 reach_out(run, goal, layers, origins, protection.bystanders, best)
             return
-        if step == run.args.max_steps:
+        # gaps that cannot be had are not worth all of the steps
+        if step == run.args.max_steps or step >= WIDENING and goal.task.done_by_margin(here):
             return
         at_stake = goal.task.at_stake(here).nonzero()[:, 0]
         names = [layer.name for layer in layers]

@@ -21,7 +21,7 @@ from ..report import (
 )
 from .callbacks import Journal
 from .subject import Run, Subject
-from .verify import Case, Seen
+from .verify import Case, Seen, rows_right
 
 # enough tokens to fill CONTEXT_CHARACTERS in any but the strangest texts
 CONTEXT_TOKENS = 32
@@ -106,7 +106,7 @@ class Records:
         generated_before: Sequence[tuple[int, ...]] | None = None,
         generated_after: Sequence[tuple[int, ...]] | None = None,
     ) -> list[RowRecord]:
-        """One record a row, with the texts of greedy generation where they are given."""
+        """One record a row, with what greedy generation says: as it was generated, or as the tokens tell."""
         records = []
         for number, (row, start) in enumerate(zip(self.rows, completion_offsets(self.rows))):
             slots = slice(start, start + len(row.completion_ids))
@@ -125,12 +125,20 @@ class Records:
                 id=row.id,
                 line=row.number,
             )
-            for when, generated in (("before", generated_before), ("after", generated_after)):
-                if generated is not None:
-                    setattr(record, f"generated_{when}", self._text(generated[number]))
-                    setattr(record, f"generation_exact_{when}", generated[number] == row.completion_ids)
+            seen = {"before": (self.before, generated_before), "after": (self.after, generated_after)}
+            for when, (predictions, generated) in seen.items():
+                said = _told(row, predictions[slots]) if generated is None else generated[number]
+                setattr(record, f"generated_{when}", self._text(said))
+                setattr(record, f"generation_exact_{when}", said == row.completion_ids)
             records.append(record)
         return records
+
+
+def _told(row: Row, seen: Predictions) -> tuple[int, ...]:
+    """What greedy generation says after a row's prompt, as far as the predictions of its tokens tell: up to the first
+    that is wrong, before which it has read the same tokens."""
+    wrong = (~seen.right).nonzero()[:, 0].tolist()
+    return row.completion_ids if not wrong else (*row.completion_ids[: wrong[0]], int(seen.argmax[wrong[0]]))
 
 
 def make_report(
@@ -157,6 +165,10 @@ def make_report(
             was, now = before.predictions[slots], after.predictions[slots]
             records = Records(source, rows, was, now, run.subject.tokenizer)
             found = records.of_rows(before.generated.get(source), after.generated.get(source))
+            for name in after.under if source != "related" else ():
+                served = [rows_right(rows, seen.under[name][slots]) for seen in (before, after)]
+                for record, was_right, is_right in zip(found, *served):
+                    record.served_before[name], record.served_after[name] = was_right, is_right
             if source == "earlier":  # they may be hundreds
                 right = sum(row.was_right for row in found)
                 report.earlier = {"rows": len(found), "right": right, "broken": sum(row.broken for row in found)}

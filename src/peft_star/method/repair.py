@@ -27,13 +27,15 @@ from .best import keeping_best
 from .callbacks import Journal, RepairCallback
 from .gate import within_limits
 from .history import History, failing_activations, ledger_rows
+from .holding import hold
 from .locate import locate
 from .objective import Goal
 from .records import make_report
+from .serving import Serving, arithmetics
 from .subject import Run, Subject
 from .trace import Trace, trace
 from .unfinished import AdapterState, Keeper, Unfinished, key_of
-from .verify import Case, Seen, look_at_related, look_before, verify
+from .verify import Case, Seen, look_after, look_at_related, look_before, verify
 
 
 class RepairInterrupted(KeyboardInterrupt):
@@ -126,14 +128,16 @@ def _repair(
             run = replace(run, resumed=unfinished.put_back(subject, key, journal))
             journal.callbacks.append(Keeper(unfinished, subject, key, journal))
         try:
-            after, harm = within_limits(run, case, before, traced, MODES[args.mode], start)
+            after, harm = within_limits(run, case, before, traced, patched, start)
         except KeyboardInterrupt as error:
             # several processes do not stop at the same place, so they cannot go on together
             if run.engine.team.size > 1:
                 raise
             interrupted = error
         subject.config.base_fingerprint = fingerprint(subject.base)
-        now = verify(run, case, after, args.verify_generation and not interrupted)
+        generate = args.verify_generation if not interrupted else False
+        seen_now = look_after(run, case, after)
+        now = verify(run, case, seen_now, with_generation=bool(generate), behind=generate is not False)
         report = make_report(run, case, seen, now, harm, interrupted is not None)
         keys = {} if args.ledger_rows else failing_activations(run, case, seen)
     history.record(report, ledger_rows(case, history.given, seen, now) if args.ledger_rows else (), keys)
@@ -198,7 +202,8 @@ def _running(subject: Subject, args: RepairArguments, journal: Journal, rows: An
     team.check_same(rows)
     journal.call("on_repair_begin")
     with subject.frozen():
-        yield Run(Engine(subject.base, args.max_batch_tokens, team, _replay(subject)), subject, args, journal)
+        run = Run(Engine(subject.base, args.max_batch_tokens, team, _replay(subject)), subject, args, journal)
+        yield replace(run, serving=_serving(run))
 
 
 def _replay(subject: Subject) -> Replay:
@@ -206,14 +211,32 @@ def _replay(subject: Subject) -> Replay:
     return Replay(subject.base, next(iter(subject.decoder_layers)))
 
 
+def _serving(run: Run) -> Serving:
+    """What the repair is to hold in; lower layers are replayed there as well."""
+    wanted = arithmetics(run.subject.base, run.args.serve)
+    replays = {name: _replay(run.subject) for name in wanted}
+    return Serving({name: (how, replace(run.engine, replay=replays[name])) for name, how in wanted.items()})
+
+
+def patched(run: Run, case: Case, before: Seen, traced: Trace | None) -> Predictions:
+    """Patch as the mode has it, and until it holds in what serves it; what the model says at the S tokens then."""
+    after = MODES[run.args.mode](run, case, before, traced)
+    if not run.serving:
+        return after
+    return hold(run, case, before, look_after(run, case, after), patch_traced).predictions
+
+
 def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
     """All failures with one prior (mode "multiple"); returns what the model says at their rows afterwards."""
-    run.journal.state.num_failures = len(traced.medium)
-    if not len(traced.medium):
+    medium = case.failing(before.predictions, before.gaps)
+    run.journal.state.num_failures = len(medium)
+    if not len(medium):
         return before.predictions
-    goal = Goal.of(traced.batches, case.retained_batches, traced.medium, traced.predictions, run.args.margin)
-    run, now = push_the_focus(run, case, goal)
-    if now is not None:
+    retained, margin = case.retained_batches, run.args.margin
+    goal = Goal.of(traced.batches, retained, medium, traced.predictions, margin, before.gaps)
+    now = push_the_focus(run, case, goal)
+    if now is not None or not len(traced.medium):
+        now = traced.predictions if now is None else now
         now, broken = goal.look_at_the_rest(run.engine, now)
         if goal.task.done(now):
             return now
@@ -224,58 +247,59 @@ def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
 
 def one_by_one(run: Run, case: Case, before: Seen, traced: None) -> Predictions:
     """Each failure with a prior of its own; those that a later patch undid come up again (mode "single")."""
-    journal, now = run.journal, before.predictions
-    wrong = torch.zeros_like(now.right[case.parts["failures"][1]])
-    wrong[case.failing(now)] = True
-    journal.state.num_failures = int(wrong.sum())
+    journal, now, engine = run.journal, before.predictions, run.engine
+    own, gaps = case.parts["failures"][1], before.gaps
+    medium = case.failing(now, gaps)
+    wrong = torch.zeros_like(now.right[own])
+    wrong[medium] = True
+    journal.state.num_failures = len(medium)
     batches = case.one_row_each()
     if wrong.any():
-        medium = wrong.nonzero()[:, 0]
-        goal = Goal.of(case.batches, case.retained_batches, medium, before.predictions, run.args.margin)
-        run, _ = push_the_focus(run, case, goal)
-    engine = run.engine
+        goal = Goal.of(case.batches, case.retained_batches, medium, before.predictions, run.args.margin, gaps)
+        push_the_focus(run, case, goal)
     for _ in range(run.args.max_rounds if wrong.any() else 0):
         solved_at_start = journal.state.num_solved
         for batch in batches:
             slots = batch.slots.cpu()
             for slot in slots[wrong[slots]].split(1):
                 with journal.phase("trace", engine.team.rows([batch])):
+                    start, thin = before.predictions, None if gaps is None else lambda here, at: here.gap < gaps[at]
                     found = trace(
-                        engine, [batch], run.probe(), only=slot, start=before.predictions, progress=journal.advance
+                        engine, [batch], run.probe(), only=slot, thin=thin, start=start, progress=journal.advance
                     )
                 if len(found.medium):  # an earlier patch may have solved it along with its own failure
                     retained = case.retained_batches
-                    goal = Goal.of([batch], retained, found.medium, found.predictions, run.args.margin)
+                    goal = Goal.of([batch], retained, found.medium, found.predictions, run.args.margin, gaps)
                     patch_traced(run, goal, found)
         now = predict(engine, case.batches, before.predictions.copy())
-        right = now.right[: len(wrong)]
-        journal.state.num_solved = int((wrong & right).sum())
-        if right.all() or journal.state.num_solved <= solved_at_start:
+        solved = now.right[own] if gaps is None else now.right[own] & (now.gap[own] >= gaps[own])
+        journal.state.num_solved = int((wrong & solved).sum())
+        if (solved | now.right[own] & ~wrong).all() or journal.state.num_solved <= solved_at_start:
             break
     return now
 
 
-def push_the_focus(run: Run, case: Case, goal: Goal) -> tuple[Run, Predictions | None]:
+def push_the_focus(run: Run, case: Case, goal: Goal) -> Predictions | None:
     """Push rows at their focus, as they name it or as it is found, before what is left is pushed where it fails.
 
     Returns:
-        The run that goes on, and the predictions (S) at the failures' rows where something was changed.
+        The predictions (S) at the failures' rows, where something was changed.
     """
     if run.resumed:
         # it was done before, and what was recorded of the layers below is no longer so
-        run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))
-        return run, goal.look(run.engine)[0]
+        run.forget()
+        return goal.look(run.engine)[0]
     if run.args.algorithm != "protected":
-        return run, None
+        return None
     rows = find_focus.with_found_focus(run, goal, case.rows) if find_focus.wanted(run) else case.rows
     if not any(row.focus for row in rows):
-        return run, None
+        return None
     how = {row.index: "focus" if given.focus else "found focus" for row, given in zip(rows, case.rows)}
     now = focused.patch(run, goal, rows, case.held, how)
     if now is not None:
         # what was recorded of the layers below is no longer so
-        run = replace(run, engine=replace(run.engine, replay=_replay(run.subject)))
-    return run, now
+        run.forget()
+    return now
 
 
 def patch_traced(run: Run, goal: Goal, traced: Trace) -> Predictions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..tuner.model import StarModel
 from .arguments import RepairArguments
 from .callbacks import Journal
 from .semantics import SemanticBases, semantic_bases
+from .serving import Serving
 from .trace import Probe
 
 
@@ -158,6 +159,20 @@ class Subject:
             for name in located
         ]
 
+    def held(self) -> dict[str, HeldLayer]:
+        """All that the adapter holds now, by module."""
+        return {
+            name: HeldLayer(name, layer.star_delta[self.adapter], layer.star_neurons[self.adapter].long())
+            for name, layer in self.layers().items()
+        }
+
+    @torch.no_grad()
+    def put_back(self, kept: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Give the adapter back what it held: by module the neurons (k) and their deltas (k, d)."""
+        self.model.base_model.retarget(self.adapter, {name: neurons for name, (neurons, _) in kept.items()})
+        for name, layer in self.held().items():
+            layer.delta.copy_(kept[name][1])
+
     @contextmanager
     def unpatched(self) -> Iterator[None]:
         """The base model's own voice: the patch is off, and what is trainable stays as it is."""
@@ -231,7 +246,8 @@ def candidate_layers(
 class Run:
     """What every stage of a repair is given: how passes run, what is patched, the settings, and who hears of it.
 
-    `resumed`: the adapter holds already what an earlier run of this repair has finished.
+    `resumed`: the adapter holds already what an earlier run of this repair has finished. `serving`: the arithmetics
+    that the repair is to hold in, too.
     """
 
     engine: Engine
@@ -239,6 +255,12 @@ class Run:
     args: RepairArguments
     journal: Journal
     resumed: bool = False
+    serving: Serving = field(default_factory=lambda: Serving({}))
+
+    def forget(self) -> None:
+        """Drop what was recorded of the lower layers, because they have changed."""
+        self.engine.forget()
+        self.serving.forget()
 
     def own_texts(self) -> OwnTexts:
         """What the base model says by itself; generated when it is first asked for."""

@@ -136,6 +136,7 @@ def trace(
     *,
     only: torch.Tensor | None = None,
     at: torch.Tensor | None = None,
+    thin: Callable[[Predictions, torch.Tensor], torch.Tensor] | None = None,
     start: Predictions | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Trace:
@@ -147,6 +148,8 @@ def trace(
         probe: What is read on the way.
         only: Trace the failures among these slots alone (the `"single"` mode).
         at: Trace just these slots, whether they fail or not.
+        thin: Says of some slots (n), given what the model says at them, which count as failures although they are
+            right.
         start: Predictions (S) at all slots, of which the trace replaces those of its batches; None: no others.
         progress: Called with the number of rows done.
 
@@ -171,7 +174,7 @@ def trace(
             with head_reads(engine.model, batch), engine.replay(batch):
                 logits = engine.model(**batch.model_inputs(), use_cache=False).logits[0].float()
         predictions.read(batch, logits)
-        chosen = _chosen(predictions, batch.slots.cpu(), only, at)
+        chosen = _chosen(predictions, batch.slots.cpu(), only, at, thin)
         if chosen.any():
             slots_traced.append(batch.slots.cpu()[chosen])
             index = chosen.nonzero()[:, 0].to(logits.device)
@@ -193,12 +196,18 @@ def trace(
 
 
 def _chosen(
-    predictions: Predictions, slots: torch.Tensor, only: torch.Tensor | None, at: torch.Tensor | None
+    predictions: Predictions,
+    slots: torch.Tensor,
+    only: torch.Tensor | None,
+    at: torch.Tensor | None,
+    thin: Callable[[Predictions, torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
     """Which of a batch's slots are traced."""
     if at is not None:
         return torch.isin(slots, at)
     failing = ~predictions.right[slots]
+    if thin is not None:
+        failing = failing | thin(predictions[slots], slots)
     return failing if only is None else failing & torch.isin(slots, only)
 
 

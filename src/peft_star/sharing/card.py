@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 from peft import PeftConfig
 
-from ..report import RepairReport
+from ..report import RepairReport, code
 from .download import looks_like_path
 from .patch_files import (
     CARD_NAME,
@@ -403,6 +403,11 @@ def _damage(report: RepairReport) -> list[str]:
         f"- Tokens of all these rows that were right before the patch and are wrong after it: "
         f"{figures['tokens_broken'] or 'none'}."
     )
+    for name, seen in figures.get("served", {}).items():
+        lines.append(
+            f"- Failing rows that are right when the model computes as {code(name)}, of {figures['rows']}: "
+            f"{seen['rows_exact_before']} before, {seen['rows_exact_after']} after."
+        )
     if "rows_generated_exact_after" in figures:
         lines.append(
             f"- Failing rows that greedy generation completes exactly, of {figures['rows']}: "
