@@ -315,7 +315,7 @@ class RepairReport:
         related = [row for row in self.rows if row.source == "related"]
         generated = [row for row in rows if row.generation_exact_after is not None]
         tokens = sum(row.tokens for row in rows)
-        result = {
+        result: dict[str, Any] = {
             "success": self.success,
             "failures": len(self.failures),
             "solved": self.num_solved,

@@ -64,7 +64,8 @@ def computing(model: nn.Module, arithmetic: Arithmetic) -> Iterator[None]:
     adapters = _adapters(model)
     with ExitStack() as stack:
         for module in model.modules():
-            own = {} if module in adapters else {name: p for name, p in module._parameters.items() if _is_plain(p)}
+            held_by = {} if module in adapters else module._parameters
+            own = {name: p for name, p in held_by.items() if p is not None and _is_plain(p)}
             if own and (arithmetic.dtype is not None or arithmetic.weights):
                 held: list[dict[str, nn.Parameter]] = []
                 stack.callback(module.register_forward_pre_hook(partial(_lend, arithmetic, own, held)).remove)

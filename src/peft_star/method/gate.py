@@ -49,8 +49,10 @@ def within_limits(
         return now, harm
     reached = AdapterState.of(run.subject)
     start.put_back(run.subject)
+    run.forget()
     limit = max(limit, measure(run).changed_share)  # what was there before is no fault of this repair
     reached.put_back(run.subject)
+    run.forget()
     modest = replace(run, args=replace(run.args, reach="prompt"), resumed=False)
     for number in range(ROUNDS + 1):
         if harm.changed_share <= limit:

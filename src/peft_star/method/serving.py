@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..engine.arithmetic import ARITHMETICS, Arithmetic, predict_in
 from ..engine.batch import Batch
@@ -53,7 +53,7 @@ class Serving:
             engine.forget()
 
 
-def arithmetics(model: nn.Module, names: Sequence[str]) -> dict[str, Arithmetic]:
+def arithmetics(model: Any, names: Sequence[str]) -> dict[str, Arithmetic]:
     """What the names of `RepairArguments.serve` stand for, but for what the model computes in anyway."""
     found = {}
     for name in names:

@@ -140,7 +140,8 @@ def look_before(run: Run, case: Case) -> tuple[Seen, Trace | None]:
             under = run.serving.look(case.all_batches, case.nothing_seen())
 
         def thin(here: Predictions, slots: torch.Tensor) -> torch.Tensor:
-            return here.gap < needed_gaps((here, {name: there[slots] for name, there in under.items()}))
+            needed = needed_gaps((here, {name: there[slots] for name, there in under.items()}))
+            return here.gap < (0 if needed is None else needed)
 
     if run.args.mode == "multiple":
         with journal.phase("trace", rows_of(case.batches)):
