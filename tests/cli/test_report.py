@@ -32,3 +32,10 @@ def test_what_is_no_patch_is_2(run: Run, tiny_dir: Path, tmp_path: Path) -> None
         result = run("report", patch, "-o", tmp_path / "report.html")
         assert result.code == 2 and is_one_sentence(result), result.err
     assert names(tmp_path) == []
+
+
+def test_the_ledger_is_a_time_line(run: Run, twice: Path, tmp_path: Path) -> None:
+    result = run("report", twice, "-o", tmp_path / "report.html")
+    assert result.code == 0, result.err
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "the second" in page and page.count("failures") >= 2

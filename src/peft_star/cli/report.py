@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..files import check_file_output, new_file
 from ..loading import find_patch
+from ..sharing.entries import Entry
 from ..sharing.page import MAGIC, patch_page
+from ..sharing.recorded import log
 from .app import Json, Patch, Token, command, finish
 from .console import escape, format_size, stderr_console
 
@@ -26,10 +28,21 @@ def report(
     """Write what PATCH repaired, what it changed besides, and where it acts, as one HTML file. Needs no base model."""
     check_file_output(output, overwrite, MAGIC, (patch,))
     directory = find_patch(patch, revision=revision, token=token)
-    page = patch_page(directory, name=patch if "/" not in patch.rstrip("/") else None)
+    name = patch if "/" not in patch.rstrip("/") else None
+    page = patch_page(directory, name=name, ledger=[_line(entry) for entry in log(directory).entries])
     with new_file(output, overwrite) as path:
         path.write_text(page, encoding="utf-8")
     size = output.expanduser().stat().st_size
     if not as_json:
         stderr_console().print(f"Report written to {escape(str(output))} ({format_size(size)}).", soft_wrap=True)
     finish({"patch": patch, "output": str(output), "bytes": size}, as_json)
+
+
+def _line(entry: Entry) -> dict[str, Any]:
+    """What the page's time line says of an entry."""
+    line: dict[str, Any] = {"time": entry.time, "entry": entry.id, "note": entry.note}
+    line |= {name: entry.summary[name] for name in ("failures", "solved") if name in entry.summary}
+    line |= {"neurons": sum(entry.modules.values()), **entry.harm}
+    if "norm" in entry.patch:
+        line["norm"] = entry.patch["norm"]
+    return line | ({"taken out": entry.reverted} if entry.reverted else {})
