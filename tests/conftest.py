@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# What is found out about models is kept for this run alone, and for all of its workers, which inherit this.
+if "PEFT_STAR_CACHE" not in os.environ:
+    os.environ["PEFT_STAR_CACHE"] = tempfile.mkdtemp(prefix="peft_star-")
+    atexit.register(shutil.rmtree, os.environ["PEFT_STAR_CACHE"], ignore_errors=True)
 # Before anything imports torch: pytest-xdist's workers, and what they start, share the cores, a thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

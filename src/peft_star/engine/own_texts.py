@@ -148,7 +148,7 @@ def _path(model: nn.Module, prompts: Sequence[Row]) -> Path | None:
     directory, weights = cache_dir(), fingerprint(model)
     if directory is None or weights == UNKNOWN:
         return None
-    asked = json.dumps([weights, [(row.prompt_ids, len(row.completion_ids)) for row in prompts]])
+    asked = json.dumps([weights, CHANCE, SURE, [(row.prompt_ids, len(row.completion_ids)) for row in prompts]])
     return directory / "own_texts" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
 
 
