@@ -1,6 +1,7 @@
 """The acceptance gate, on a tiny model whose voice counts although it was never trained."""
 
-from contextlib import nullcontext
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from peft_star import RepairArguments, repair
 from peft_star.engine import own_texts as texts_module
 from peft_star.engine.engine import Engine
-from peft_star.evaluation.own_texts import TextsHarm, texts_harm
+from peft_star.evaluation.own_texts import TextsHarm, hear, texts_harm
 from peft_star.method.gate import _costly
 from peft_star.method.subject import Subject
 from support.words import QUIET, ROWS, star, word_tokenizer
@@ -42,7 +43,9 @@ def test_the_report_has_what_the_patch_does_to_own_texts(tokenizer):
     engine = Engine(model.base_model.model)
     rows = texts_module.own_texts(engine, tokenizer).measured
     subject = Subject.of(model, tokenizer, RepairArguments())
-    found = texts_harm(engine, engine.batches(rows), subject.unpatched)
+    with subject.unpatched():
+        heard = hear(engine, engine.batches(rows))
+    found = texts_harm(engine, heard)
     assert found.unchanged == report.harm["unchanged"]
     with subject.unpatched():
         generated = [
@@ -57,8 +60,8 @@ def test_unpatched_compared_with_itself_nothing_changes(tokenizer):
     model = star()
     engine = Engine(model.base_model.model.eval())
     rows = texts_module.own_texts(engine, tokenizer).measured
-    found = texts_harm(engine, engine.batches(rows), nullcontext)
-    assert found == TextsHarm(5, 5, 5, found.tokens, 0, 0.0)
+    found = texts_harm(engine, hear(engine, engine.batches(rows)))
+    assert found == TextsHarm(5, 5, 5, found.tokens, 0, pytest.approx(0.0, abs=1e-6))
     assert found.changed_share == 0
 
 
@@ -92,3 +95,33 @@ def test_the_rows_that_cost_most_are_left_out(share, left):
     journal = SimpleNamespace(costs={0: 1.0, 2: 1.0, 3: 2.0, 4: 6.0})
     found = _costly(SimpleNamespace(journal=journal), case, SimpleNamespace(predictions=None, gaps=None), share)
     assert sorted(found) == left
+
+
+def test_the_divergence_of_the_words_that_were_heard_is_nearly_all_of_it(tokenizer):
+    model, report = run(tokenizer, max_harm=1.0)
+    base, subject = model.base_model.model, Subject.of(model, tokenizer, RepairArguments())
+    engine, total, count = Engine(base), 0.0, 0
+    for row in texts_module.own_texts(engine, tokenizer).measured:
+        ids, part = torch.tensor([row.input_ids]), slice(len(row.prompt_ids) - 1, -1)
+        with torch.no_grad():
+            now = base(ids).logits[0, part].log_softmax(-1)
+            with subject.unpatched():
+                was = base(ids).logits[0, part].log_softmax(-1)
+        total += float((was.exp() * (was - now)).sum())
+        count += len(row.completion_ids)
+    assert report.harm["kl"] == pytest.approx(total / count, rel=0.02)
+
+
+def test_a_second_repair_hears_the_base_not_the_patch(tokenizer):
+    """Both are measured against what the base says, which is listened to once."""
+    model, first = run(tokenizer, max_harm=1.0)
+    again = repair(model, tokenizer, ROWS, RepairArguments(**QUIET, max_harm=1.0))
+    assert again.harm == first.harm
+
+
+def test_what_is_kept_of_a_model_does_not_keep_it(tokenizer):
+    model, _ = run(tokenizer, max_harm=1.0)
+    base = weakref.ref(model.base_model.model)
+    del model
+    gc.collect()
+    assert base() is None

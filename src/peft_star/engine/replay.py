@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from accelerate.utils import recursively_apply
@@ -118,12 +118,18 @@ class Replay:
             raise ValueError(
                 f"{lowest!r} is not a layer of {type(model).__name__}; give a name that `find_decoder_layers` returns."
             )
-        self.model = model
+        self._model = ref(model)  # what is kept for a model must not keep the model
         self.max_bytes = max_bytes
         self._caches = caches
         self._lower = list(layers)[: list(layers._modules).index(key)]
         self._records: WeakKeyDictionary[Any, _Record] = WeakKeyDictionary()
         self.exact = not check or replays_exactly(model, lowest)
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
 
     @property
     def nbytes(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +11,9 @@ import torch
 from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.passes import completion_logits
+
+# words after each token whose probabilities are kept of the unpatched model
+KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -51,35 +53,50 @@ class TextsHarm:
         return {**asdict(self), "changed_share": self.changed_share}
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What the unpatched model says at the N tokens of a batch of its own texts: the `KEPT` most probable words (N, k)
+    with their log-probabilities, and whether (N) the first of them is the text's."""
+
+    words: torch.Tensor
+    log_p: torch.Tensor
+    own: torch.Tensor
+
+
 @torch.no_grad()
-def texts_harm(
-    engine: Engine,
-    batches: Sequence[Batch],
-    unpatched: Callable[[], AbstractContextManager],
-    progress: Callable[[int], None] | None = None,
-) -> TextsHarm:
+def hear(engine: Engine, batches: Sequence[Batch]) -> dict[Batch, Heard]:
+    """What the model, which is not patched, says in this process's part of its own texts.
+
+    Args:
+        engine: Runs the passes.
+        batches: The texts as rows, their slots numbered from 0.
+    """
+    heard = {}
+    for batch in engine.team.share(batches):
+        with engine.replay(batch):
+            log_p = completion_logits(engine.model, batch).float().log_softmax(-1)
+        top = log_p.topk(min(KEPT, log_p.shape[-1]), dim=-1)
+        own = top.indices[:, 0] == batch.expected.to(log_p.device)
+        heard[batch] = Heard(top.indices, top.values, own)
+    return heard
+
+
+@torch.no_grad()
+def texts_harm(engine: Engine, heard: Mapping[Batch, Heard]) -> TextsHarm:
     """Compare the patched model with the unpatched on the latter's own texts.
 
     Args:
         engine: Its model is patched; its processes share the texts.
-        batches: The texts as rows, their slots numbered from 0.
-        unpatched: A context in which the model is not patched.
-        progress: Called with the number of texts compared.
+        heard: What the unpatched model says in this process's part, see [`hear`].
     """
     found = []
-    for batch in engine.team.share(batches):
+    for batch, was in heard.items():
         with engine.replay(batch):
             now = completion_logits(engine.model, batch).float().log_softmax(-1)
-        with unpatched():
-            was = completion_logits(engine.model, batch).float().log_softmax(-1)
-        expected = batch.expected.to(was.device)
-        own, stays = was.argmax(-1) == expected, now.argmax(-1) == expected
-        divergence = (was.exp() * (was - now)).sum(-1).clamp_min(0)
-        values = torch.stack([own, stays, divergence]).double().cpu()
+        stays = now.argmax(-1) == batch.expected.to(now.device)
+        values = torch.stack([was.own, stays, _divergence(was, now)]).double().cpu()
         for index, places in _texts(batch).items():
             found.append((index, values[:, places]))
-        if progress is not None:
-            progress(len(batch.items))
     # a text that rounding makes another one is none of the model's own
     texts = [values for part in engine.team.gather(found) for _, values in sorted(part, key=_index) if values[0].all()]
     tokens = sum(values.shape[1] for values in texts)
@@ -103,3 +120,10 @@ def _texts(batch: Batch) -> dict[int, torch.Tensor]:
     for row in batch.items:
         places[row.index] = torch.arange(start, start := start + len(row.completion_ids))
     return places
+
+
+def _divergence(was: Heard, now: torch.Tensor) -> torch.Tensor:
+    """KL(was || now) at each token (N), of the words that were heard and all others as one."""
+    p, log_q = was.log_p.exp(), now.gather(-1, was.words)
+    rest, now_rest = ((1 - part.sum(-1)).clamp(min=1e-6) for part in (p, log_q.exp()))
+    return ((p * (was.log_p - log_q)).sum(-1) + rest * (rest / now_rest).log()).clamp_min(0)

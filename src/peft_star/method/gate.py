@@ -8,11 +8,17 @@ without the rows that cost most, until the limit holds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
-from ..engine.batch import completion_offsets
+from torch import nn
+
+from ..engine.batch import Batch, completion_offsets
 from ..engine.predictions import Predictions
-from ..evaluation.own_texts import TextsHarm, texts_harm
+from ..engine.replay import Replay
+from ..evaluation.own_texts import Heard, TextsHarm, hear, texts_harm
+from ..models.fingerprint import fingerprint
 from .subject import Run
 from .trace import Trace, trace
 from .unfinished import AdapterState
@@ -22,6 +28,8 @@ from .verify import Case, Seen
 ROUNDS = 3
 # what is aimed at, as a share of the limit: which rows cost most is an estimate
 AIM = 0.8
+
+_VOICES: WeakKeyDictionary[nn.Module, tuple[tuple, dict[Batch, Heard], Replay]] = WeakKeyDictionary()
 
 Mode = Callable[[Run, Case, Seen, Trace | None], Predictions]
 
@@ -72,7 +80,32 @@ def within_limits(
 
 def measure(run: Run) -> TextsHarm:
     """What the patch as it is does to the model's own texts; to none of them where nothing is to be protected."""
-    return texts_harm(run.engine, run.own_batches if run.args.background else [], run.subject.unpatched)
+    if not run.args.background:
+        return texts_harm(run.engine, {})
+    heard, replay = _voice(run)
+    below = any(run.subject.decoder_of.get(name) not in run.subject.decoder_layers for name in _patched(run))
+    return texts_harm(replace(run.engine, replay=nullcontext if below else replay), heard)
+
+
+def _voice(run: Run) -> tuple[dict[Batch, Heard], Replay]:
+    """What the base says in those of its own texts that no patch is solved by, and what its lower layers do there;
+    found out once for each model."""
+    model, lowest = run.subject.base, next(iter(run.subject.decoder_layers))
+    key = fingerprint(model), lowest, run.args.max_batch_tokens
+    if model in _VOICES and _VOICES[model][0] == key:
+        return _VOICES[model][1:]
+    replay, texts = Replay(model, lowest), run.own_texts().measured
+    with run.subject.unpatched():
+        heard = hear(replace(run.engine, replay=replay), run.engine.batches(texts) if texts else [])
+    if run.engine.team.size == 1:  # who has which batch is dealt out anew in each repair
+        _VOICES[model] = key, heard, replay
+    return heard, replay
+
+
+def _patched(run: Run) -> list[str]:
+    """The modules whose deltas are not zero."""
+    adapter = run.subject.adapter
+    return [name for name, layer in run.subject.layers().items() if layer.star_delta[adapter].any()]
 
 
 def _traced_again(run: Run, case: Case, before: Seen, traced: Trace | None) -> Trace | None:

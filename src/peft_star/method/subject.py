@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.own_texts import OwnTexts, own_texts
 from ..failures import Row, encode_rows
@@ -266,12 +265,6 @@ class Run:
         """What the base model says by itself; generated when it is first asked for."""
         with self.subject.unpatched():
             return own_texts(self.engine, self.subject.tokenizer, self.journal.advance)
-
-    @cached_property
-    def own_batches(self) -> list[Batch]:
-        """Texts that the base model says by itself and that no patch is solved by."""
-        texts = self.own_texts().measured
-        return self.engine.batches(texts) if texts else []
 
     def probe(self, names: Iterable[str] | None = None) -> Probe:
         """What a trace has to read for the algorithm in use, of these FFNs or of all that may be patched."""
