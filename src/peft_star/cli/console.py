@@ -172,6 +172,9 @@ def print_report(report: RepairReport, console: Console, layers: bool = True) ->
     if report.arguments.get("verify_generation") and "rows_generated_exact_after" in figures:
         generated = f"{figures['rows_generated_exact_before']} -> {figures['rows_generated_exact_after']} of {rows}"
         table.add_row("rows generated right", generated)
+    if "own_texts" in figures:
+        kept = f"{figures['own_texts_unchanged']} of {figures['own_texts']}"
+        table.add_row("the model's own texts unchanged", f"[red]{kept}[/]" if report.too_harmful else kept)
     if figures["retained_rows"]:
         table.add_row("retained rows broken", f"{figures['retained_rows_broken']} of {figures['retained_rows']}")
     if "earlier_rows" in figures:

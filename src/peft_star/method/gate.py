@@ -146,9 +146,13 @@ def _tell(run: Run, case: Case, harm: TextsHarm, limit: float) -> None:
     """Say of each row that was left out why it was."""
     percent = f"{100 * limit:.0f}%"
     over = harm.changed_share > limit
-    for index in sorted(case.left_out):
-        sentence = f"It was left out: with it, more than {percent} of the model's own texts would change (--max-harm)."
-        run.journal.warnings.append((index, sentence))
+    for row in (row for row in case.rows if row.index in case.left_out):
+        called = f"{row.number} ({row.id})" if row.id else str(row.number)
+        sentence = (
+            f"Row {called} was left out: with it, more than {percent} of the texts that the model says by itself "
+            "would change (--max-harm)."
+        )
+        run.journal.warnings.append((row.index, sentence))
     if over:
         sentence = (
             f"The patch changes {harm.texts - harm.unchanged} of {harm.texts} texts that the model says by itself, "
