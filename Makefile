@@ -13,7 +13,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 SOURCES := src tests examples .ci $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow docs test-versions dist test-serving lint format clean
+.PHONY: help install demo test test-slow test-stories docs test-versions dist test-serving lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ test: $(QUANTIZED) ## The tests, without the slow ones
 
 test-slow: $(QUANTIZED) ## Every test
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+test-stories: $(QUANTIZED) ## The examples and the documentation's blocks (half an hour)
+	$(PYTEST) -m story $(PYTEST_ARGS)
 
 docs: $(SITE) ## The documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

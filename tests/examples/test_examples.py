@@ -40,6 +40,7 @@ def test_every_script_has_its_story() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.story
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("script", STORIES)
 def test_scripts_end_well(script: str, examples: Path) -> None:
@@ -60,6 +61,7 @@ def test_notebooks_are_notebooks_with_their_outputs(notebook: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.story
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("notebook", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
 def test_notebooks_print_what_they_hold(notebook: str, smollm2_gguf: Path, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def patch(once, smollm2_dir: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.story
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(b.language in RUN and not b.reason for b in blocks_of(ROOT / page))]
