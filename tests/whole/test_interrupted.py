@@ -194,7 +194,15 @@ def test_a_killed_repair_goes_on(forks: Forks, tiny_dir: Path, rows: Path, tmp_p
     assert steps > 1
     # the same settings go on from it
     assert forks.run(*command, "--resume", kill=lambda: time.sleep(20)) == -9
-    assert unfinished.read_bytes() != kept and steps_in(unfinished) > steps
-    # and others do not
-    assert forks.run(*command, "--resume", "--margin", "0.02", kill=lambda: time.sleep(20)) == -9
-    assert steps_in(unfinished) < steps
+    assert unfinished.read_bytes() != kept
+    went_on, kept = steps_in(unfinished), unfinished.read_bytes()
+    assert went_on > steps
+
+    def kill_at_the_first_writing() -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and unfinished.read_bytes() == kept:
+            time.sleep(0.05)
+
+    # and others do not: they begin at nothing, while those that went on would count further
+    assert forks.run(*command, "--resume", "--margin", "0.02", kill=kill_at_the_first_writing) == -9
+    assert unfinished.read_bytes() != kept and steps_in(unfinished) < went_on
