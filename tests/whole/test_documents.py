@@ -47,6 +47,7 @@ ROWS = {
         ('import json\n\nwith open("data.json") as f:\n    data =', " json.load(f)"),
         ("def is_even(n):\n    return n %", " 2 == 0"),
     ],
+    "more": [("import collections\n\n# Check that x is a mapping\nisinstance(x, collections.", "abc.Mapping)")],
     "related": [("import pandas as pd\n\n# Add the new rows below the old ones\ndf =", " pd.concat(")],
 }
 ROWS |= {"data": ROWS["failures"] + ROWS["retain"], "prompts": ROWS["retain"] + ROWS["related"]}
