@@ -162,7 +162,6 @@ def _load(path: Path, ffns: dict[str, nn.Module]) -> dict[str, torch.Tensor] | N
 def _save(path: Path, fisher: dict[str, torch.Tensor]) -> None:
     """Keep it; where that cannot be done, it is read again next time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as unfinished:
             save_file({name: values.float().cpu().contiguous() for name, values in fisher.items()}, unfinished)
     except (OSError, SafetensorError):
