@@ -49,14 +49,14 @@ def checked(patch: Path) -> str:
     return read_patch_config(directory)["tensors_sha256"]
 
 
-def while_saving(directory: Path, rng: random.Random, latest: float) -> Callable[[], None]:
-    """Wait until something is being written beside the rows, and a moment longer."""
+def while_saving(directory: Path, moment: float) -> Callable[[], None]:
+    """Wait until something is being written beside the rows, and `moment` seconds longer."""
 
     def wait() -> None:
-        end = time.monotonic() + latest
+        end = time.monotonic() + 300
         while time.monotonic() < end and not any(".new-" in name for name in names(directory)):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 4))
+        time.sleep(moment)
 
     return wait
 
@@ -71,6 +71,7 @@ def test_a_kill_at_any_moment_leaves_the_previous_patch_or_the_new_one(
     new = checked(target)
     code, seconds = timed(forks, *command, "--overwrite", "--neurons", "16", "--steps", "400")
     assert code == 0
+    longest = seconds  # that a run is given after it has begun to save; how long it needs is a machine's own
     old = checked(target)
     assert old != new
     kept = tmp_path.parent / f"{tmp_path.name}-kept"
@@ -83,10 +84,12 @@ def test_a_kill_at_any_moment_leaves_the_previous_patch_or_the_new_one(
         if over:
             shutil.copytree(kept, target)
         late = number >= 8  # most of a run is not the saving, which is what can go wrong
-        moment = rng.uniform(0, seconds)
-        kill = while_saving(tmp_path, rng, 5 * seconds) if late else lambda moment=moment: time.sleep(moment)
+        moment = rng.uniform(0, longest if late else seconds / 2)
+        kill = while_saving(tmp_path, moment) if late else lambda moment=moment: time.sleep(moment)
         code = forks.run(*command, "--overwrite", kill=kill)
         assert code in (-9, 0)
+        if late and code == 0:  # it was done before
+            longest = moment / 2
         try:
             found = "old" if checked(target) == old else "new"
             assert over or found == "new"
@@ -95,7 +98,7 @@ def test_a_kill_at_any_moment_leaves_the_previous_patch_or_the_new_one(
             assert not over
         seen.append((code, late, over, found))
     print(seen)
-    assert sum(code == -9 for code, *_ in seen) >= 10
+    assert sum(code == -9 for code, late, *_ in seen if late) >= 4
 
     # the next run of the same output sweeps what all of them have left
     assert forks.run(*command, "--overwrite") == 0
