@@ -191,3 +191,21 @@ def test_outputs_that_are_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             files.check_file_output(output, overwrite, b"KIND", inputs)
+
+
+def test_json_that_several_processes_write_at_once_is_always_whole(tmp_path: Path) -> None:
+    path, children = tmp_path / "known.json", []
+    for writer in range(3):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                for number in range(100):
+                    files.write_json(path, [writer] * 100 * (number % 3 + 1))
+                    found = files.read_json(path)
+                    assert len(set(found)) == 1 and len(found) in (100, 200, 300)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
+    assert list(tmp_path.iterdir()) == [path]

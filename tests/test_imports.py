@@ -6,7 +6,7 @@ from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src" / "peft_star"
 ORDER = [
-    {"failures", "row_checks", "row_files", "report", "files", "text", "models"},
+    {"failures", "row_checks", "row_files", "report", "files", "cache", "text", "models"},
     {"sharing", "engine"},
     {"tuner", "evaluation", "loading"},
     {"method"},

@@ -8,16 +8,17 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub.constants import HF_HOME
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # whether it is there is asked for
+
+# of the numbers in temporary names
+_DIGITS = 8
 
 
 def check_output(
@@ -124,10 +125,8 @@ def new_directory(path: Path, overwrite: bool = True) -> Iterator[Path]:
     path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    suffix = secrets.token_hex(4)
-    temporary, old = (path.with_name(f".{path.name}.{kind}-{suffix}") for kind in ("new", "old"))
-    temporary.mkdir()
-    with _claimed(temporary):
+    with _beside(path, Path.mkdir) as temporary:
+        old = path.with_name(f".{path.name}.old-{temporary.name[-_DIGITS:]}")
         try:
             yield temporary
             _apply_umask(temporary)
@@ -153,9 +152,7 @@ def new_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
     path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_files(path)
-    temporary = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
-    temporary.touch()
-    with _claimed(temporary):
+    with _beside(path, Path.touch) as temporary:
         try:
             yield temporary
             if path.exists() and not overwrite:
@@ -167,12 +164,12 @@ def new_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
 
 def _sweep_files(path: Path) -> None:
     """Remove what runs that were killed while they wrote a file have left beside it."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.new-[0-9a-f]{{8}}")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.new-[0-9a-f]{{{_DIGITS}}}")
     with contextlib.suppress(OSError):
         for item in [item for item in path.parent.iterdir() if item.is_file() and pattern.fullmatch(item.name)]:
             handle = _claim(item)
             if handle is not None:
-                item.unlink()
+                item.unlink(missing_ok=True)
                 os.close(handle)
 
 
@@ -206,7 +203,7 @@ def recover(path: Path) -> None:
     complete by then, gets it, or else the old one. All else is swept. Directories of living runs are left alone.
     """
     path = path.expanduser().resolve()
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(new|old)-([0-9a-f]{{8}})")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(new|old)-([0-9a-f]{{{_DIGITS}}})")
     with contextlib.suppress(OSError):
         found = [
             (match[2], match[1], item) for item in path.parent.iterdir() if (match := pattern.fullmatch(item.name))
@@ -224,18 +221,26 @@ def recover(path: Path) -> None:
                     os.close(handle)
 
 
-def _claim(directory: Path) -> int | None:
-    """Keep other processes from taking a directory for one that a killed run has left.
+def _claim(item: Path, wait: bool = False) -> int | None:
+    """Keep other processes from taking a file or a directory for one that a killed run has left.
+
+    Args:
+        item: The file or directory.
+        wait: Wait for another process's claim to end.
 
     Returns:
-        A file descriptor; the claim ends when it is closed or its process ends. None: another process has a claim, or
-        claims cannot be made here (on Windows, and on some network drives), so that nothing is ever swept.
+        A file descriptor; the claim ends when it is closed or its process ends. None: the item is gone, or another
+        process has a claim, or claims cannot be made here (on Windows, and on some network drives), so that nothing is
+        ever swept.
     """
     if fcntl is None:
         return None
-    handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = os.open(item, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
         return None
@@ -243,11 +248,20 @@ def _claim(directory: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _claimed(item: Path) -> Iterator[None]:
-    """A claim for the time of the block, if claims can be made here; see [`_claim`]."""
-    handle = _claim(item)
+def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or directory beside `path`, made by `make`, with a claim to it for the time of the block, if claims
+    can be made here; see [`_claim`]."""
+    while True:
+        item = path.with_name(f".{path.name}.new-{secrets.token_hex(_DIGITS // 2)}")
+        make(item)
+        handle = _claim(item, wait=True)
+        # another process that sweeps may have been faster than the claim
+        if item.exists():
+            break
+        if handle is not None:
+            os.close(handle)
     try:
-        yield
+        yield item
     finally:
         if handle is not None:
             os.close(handle)
@@ -297,25 +311,11 @@ def write_json(path: str | os.PathLike, content: Any, **style: Any) -> None:
         content: What `json.dumps` takes.
         style: Settings of `json.dumps` in place of one space of indentation and letters as they are.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps(content, **{"indent": 1, "ensure_ascii": False, **style})
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with new_file(Path(path)) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def bytes_of(directory: Path) -> int:
     """The size of all files in a directory and below."""
     return sum(path.stat().st_size for path in directory.expanduser().rglob("*") if path.is_file())
-
-
-def cache_dir() -> Path | None:
-    """Where what was found out about a model is kept: `$PEFT_STAR_CACHE`, by default `$HF_HOME/peft_star`.
-
-    Factors of large heads (8 d² bytes, 134 MB for d = 4096), what a model says by itself, and what that depends on.
-    Any of the files can be deleted at any time. None: none are kept, because `PEFT_STAR_CACHE` is empty or 0.
-    """
-    setting = os.environ.get("PEFT_STAR_CACHE")
-    if setting is None:
-        return Path(HF_HOME) / "peft_star"
-    return None if setting.strip() in ("", "0") else Path(setting).expanduser()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from ..cache import JSON, kept
 from ..failures import Row, encode_rows
-from ..files import cache_dir, write_json
 from ..models.fingerprint import UNKNOWN, fingerprint
 from ..models.inputs import context_length
 from .engine import Engine
@@ -71,16 +69,23 @@ def own_texts(engine: Engine, tokenizer, progress: Callable[[int], None] | None 
     model = engine.model
     if model not in _CACHE:
         prompts = _encode(tokenizer, context_length(model))
-        path = _path(model, prompts)
-        said = _read(path, len(prompts)) if path else None
-        if said is None:
-            trained = _foretells(engine, prompts)
-            said = [()] * len(prompts)
-            if trained:
-                said = _meant(engine, prompts, generate(engine, tokenizer, prompts, progress))
-            if path and engine.team.rank == 0:
-                _write(path, said)
-        texts = [replace(row, completion_ids=ids) for row, ids in zip(prompts, said) if ids]
+
+        def speak() -> list[tuple[int, ...]]:
+            if not _foretells(engine, prompts):
+                return [()] * len(prompts)
+            return _meant(engine, prompts, generate(engine, tokenizer, prompts, progress))
+
+        team = engine.team
+        said = kept(
+            "own_texts",
+            _asked(model, prompts),
+            speak,
+            JSON,
+            lambda said: _whole(said, len(prompts)),
+            gather=team.gather,
+            writes=team.rank == 0,
+        )
+        texts = [replace(row, completion_ids=tuple(ids)) for row, ids in zip(prompts, said) if ids]
         _CACHE[model] = OwnTexts(
             *(
                 [replace(row, index=index) for index, row in enumerate(part)]
@@ -143,30 +148,14 @@ def _vocabulary(model: Any) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def _path(model: nn.Module, prompts: Sequence[Row]) -> Path | None:
-    """The file of these weights' texts after these tokens; None where none can be kept."""
-    directory, weights = cache_dir(), fingerprint(model)
-    if directory is None or weights == UNKNOWN:
+def _asked(model: nn.Module, prompts: Sequence[Row]) -> str | None:
+    """All that the texts depend on: these weights, after these tokens; None where the weights cannot be told."""
+    weights = fingerprint(model)
+    if weights == UNKNOWN:
         return None
-    asked = json.dumps([weights, CHANCE, SURE, [(row.prompt_ids, len(row.completion_ids)) for row in prompts]])
-    return directory / "own_texts" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+    return json.dumps([weights, CHANCE, SURE, [(row.prompt_ids, len(row.completion_ids)) for row in prompts]])
 
 
-def _read(path: Path, count: int) -> list[tuple[int, ...]] | None:
-    """None if there is no such file, or a damaged one in its place."""
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        said = [tuple(ids) for ids in said]
-        whole = len(said) == count and all(type(token) is int and token >= 0 for ids in said for token in ids)
-        return said if whole else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _write(path: Path, said: Sequence[tuple[int, ...]]) -> None:
-    """Keep the texts; where that cannot be done, they are generated again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, said)
-    except OSError:
-        pass
+def _whole(said: Sequence[Sequence[int]], count: int) -> bool:
+    """Whether this is one text of tokens for each prompt."""
+    return len(said) == count and all(type(token) is int and token >= 0 for ids in said for token in ids)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..files import cache_dir
+from ..cache import TENSORS, cache_dir, kept
 
 # float64 copies of the head are made of so many rows at a time: few enough to stay in a processor's cache
 _CHUNK_ROWS, _CHUNK_BYTES = 1024, 1 << 26
@@ -20,7 +16,6 @@ _BLOCKS = 4
 # 3 s of work; to read a factor back is to hash the head, at about 1 GB/s. An accelerator is ten (consumer) to a
 # thousand times (data centre) as fast in float64.
 _WORTH_KEEPING, _WORTH_KEEPING_ACCELERATED = 2e11, 5e12
-_FORMAT = "peft_star semantic bases 1"
 
 
 def _gram(weight: torch.Tensor) -> torch.Tensor:
@@ -69,45 +64,7 @@ def gram_factor(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: The weight holds NaN or infinite values.
     """
-    directory = cache_dir()
     worth = _WORTH_KEEPING if weight.device.type in ("cpu", "mps") else _WORTH_KEEPING_ACCELERATED
-    if directory is None or weight.numel() * weight.shape[1] < worth:
+    if cache_dir() is None or weight.numel() * weight.shape[1] < worth:
         return _factorise(weight)
-    digest = head_digest(weight)
-    path = directory / "semantics" / f"{digest}.safetensors"
-    factor = _load_factor(path, digest)
-    if factor is None:
-        factor = _factorise(weight)
-        _save_factor(path, digest, factor)
-    return factor
-
-
-def _metadata(digest: str, factor: dict[str, torch.Tensor]) -> dict[str, str]:
-    sums = " ".join(f"{name}:{head_digest(factor[name])}" for name in sorted(factor))
-    return {"format": _FORMAT, "head": digest, "factor": sums}
-
-
-def _load_factor(path: Path, digest: str) -> dict[str, torch.Tensor] | None:
-    """None if there is no such file, or another or a damaged one in its place."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            if not metadata or metadata.get("head") != digest:
-                return None
-            factor = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError):
-        return None
-    return factor if metadata == _metadata(digest, factor) else None
-
-
-def _save_factor(path: Path, digest: str, factor: dict[str, torch.Tensor]) -> None:
-    """Keep a factor; where that cannot be done (no right to write, no space left), it is computed again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # a directory of its own inside the same file system: whatever interrupts this, nothing half-written stays
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-", ignore_cleanup_errors=True) as directory:
-            written = Path(directory, path.name)
-            save_file(factor, written, metadata=_metadata(digest, factor))
-            written.replace(path)
-    except (OSError, SafetensorError):
-        pass
+    return kept("semantics", head_digest(weight), lambda: _factorise(weight), TENSORS)

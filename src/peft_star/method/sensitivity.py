@@ -7,23 +7,20 @@ product, Martens and Grosse 2015). Nothing of it is the paper's.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from ..cache import TENSORS, kept
 from ..engine.engine import Engine
 from ..engine.recording import head_reads, recording
 from ..failures import Row
-from ..files import cache_dir, new_file
 from ..models.fingerprint import UNKNOWN, fingerprint
 
 # ε of the Fisher information, relative to its mean diagonal
@@ -62,15 +59,21 @@ def read_own_texts(
     """
     known = _CACHE.setdefault(engine.model, OwnReading())
     if not ffns.keys() <= known.fisher.keys():
-        path = _path(engine.model, rows, ffns)
-        stored = _load(path, ffns) if path else None
-        found = _read(engine, rows, ffns, stored is None, progress)
-        if stored is None:
-            stored = found.fisher
-            if path and engine.team.rank == 0:
-                _save(path, stored)
+        found: OwnReading | None = None
+
+        def differentiate() -> dict[str, torch.Tensor]:
+            nonlocal found
+            found = _read(engine, rows, ffns, True, progress)
+            return found.fisher
+
+        team = engine.team
+        asked = _asked(engine.model, rows, ffns)
+        whole = partial(_whole, names=ffns.keys())
+        fisher = kept("sensitivity", asked, differentiate, TENSORS, whole, gather=team.gather, writes=team.rank == 0)
+        if found is None:
+            found = _read(engine, rows, ffns, False, progress)
         known.activations |= found.activations
-        known.fisher |= {name: values.double() for name, values in stored.items()}
+        known.fisher |= {name: values.double() for name, values in fisher.items()}
     return known
 
 
@@ -140,29 +143,11 @@ def _sampled_gradients(logits: torch.Tensor, seed: int, outputs: Sequence[torch.
     return torch.autograd.grad(-F.cross_entropy(logits.float(), drawn, reduction="sum"), outputs)
 
 
-def _path(model: nn.Module, rows: Sequence[Row], ffns: dict[str, nn.Module]) -> Path | None:
-    """The file of what these weights' words depend on in these texts; None where none can be kept."""
-    directory, weights = cache_dir(), fingerprint(model)
-    if directory is None or weights == UNKNOWN:
-        return None
-    asked = json.dumps([weights, sorted(ffns), [row.input_ids for row in rows]])
-    return directory / "sensitivity" / f"{hashlib.sha256(asked.encode()).hexdigest()}.safetensors"
+def _asked(model: nn.Module, rows: Sequence[Row], ffns: dict[str, nn.Module]) -> str | None:
+    """All that the words depend on: these weights, in these texts; None where the weights cannot be told."""
+    weights = fingerprint(model)
+    return None if weights == UNKNOWN else json.dumps([weights, sorted(ffns), [row.input_ids for row in rows]])
 
 
-def _load(path: Path, ffns: dict[str, nn.Module]) -> dict[str, torch.Tensor] | None:
-    """None if there is no such file, or another or a damaged one in its place."""
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError):
-        return None
-    whole = found.keys() == ffns.keys() and all(values.isfinite().all() for values in found.values())
-    return found if whole else None
-
-
-def _save(path: Path, fisher: dict[str, torch.Tensor]) -> None:
-    """Keep it; where that cannot be done, it is read again next time."""
-    try:
-        with new_file(path) as unfinished:
-            save_file({name: values.float().cpu().contiguous() for name, values in fisher.items()}, unfinished)
-    except (OSError, SafetensorError):
-        pass
+def _whole(fisher: dict[str, torch.Tensor], names: Collection[str]) -> bool:
+    return fisher.keys() == set(names) and all(values.isfinite().all() for values in fisher.values())
