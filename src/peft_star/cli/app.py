@@ -43,6 +43,12 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a M
 PatchRevision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of the PATCHes on the Hub.", show_default=False)
 ]
+OnePatchRevision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a PATCH on the Hub.", show_default=False)
+]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Take PATCHes that were solved for other weights than MODEL's, too.")
+]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository on the Hub a private one.")]
 Token = Annotated[str | None, typer.Option(help="Access token for the Hub (or set HF_TOKEN).", show_default=False)]
 

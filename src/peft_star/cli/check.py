@@ -15,6 +15,7 @@ from ..sharing.entries import SOURCES
 from ..sharing.recorded import log
 from .app import (
     EXIT_UNSOLVED,
+    AllowOtherBase,
     DeviceMap,
     Dtype,
     Json,
@@ -41,9 +42,7 @@ def check(
     revision: Revision = None,
     token: Token = None,
     patch_revision: PatchRevision = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Check on other weights than those that PATCH was solved for.")
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Run again what the ledger of PATCH holds (failures, retained and related rows) on MODEL, for CI.

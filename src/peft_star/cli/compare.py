@@ -13,7 +13,20 @@ from rich.table import Table
 
 from ..evaluation.side_by_side import Pair, SideBySide, read_prompts, side_by_side
 from ..loading import load_patch
-from .app import DeviceMap, Dtype, Json, Model, Patch, PatchRevision, Revision, Token, command, finish, load_base
+from .app import (
+    AllowOtherBase,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Patch,
+    PatchRevision,
+    Revision,
+    Token,
+    command,
+    finish,
+    load_base,
+)
 from .console import escape, quiet, status, stderr_console, visible
 from .patches import check_patches, find_patches
 
@@ -34,9 +47,7 @@ def compare(
     revision: Revision = None,
     token: Token = None,
     patch_revision: PatchRevision = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Compare with a PATCH that was solved for other weights, too.")
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Show what MODEL generates with PATCH and without it, and how many texts change at all."""

@@ -19,6 +19,7 @@ from ..loading import REPORT_NAME, load_patch
 from ..report import RepairReport
 from .app import (
     EXIT_INTERRUPTED,
+    AllowOtherBase,
     DeviceMap,
     Dtype,
     Json,
@@ -72,9 +73,7 @@ def evaluate(
     revision: Revision = None,
     token: Token = None,
     patch_revision: PatchRevision = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Evaluate PATCHes that were solved for other weights, too.")
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Score MODEL on DATA, teacher-forced and generated, and with PATCHes beside it.

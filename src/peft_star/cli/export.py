@@ -14,7 +14,7 @@ from ..sharing.gguf_base import check_gguf_output
 from ..sharing.gguf_lora import patch_to_gguf
 from ..sharing.lora import patch_to_lora
 from ..sharing.patch_files import check_patch_output
-from .app import Json, Overwrite, Patch, Token, command, finish
+from .app import Json, OnePatchRevision, Overwrite, Patch, Token, command, finish
 from .console import escape, format_size, quiet, status, stderr_console
 
 FORMS = ("lora", "gguf")
@@ -38,7 +38,7 @@ def export(
             show_default="the one that PATCH names",
         ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
+    revision: OnePatchRevision = None,
     token: Token = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

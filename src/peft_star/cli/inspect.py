@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.table import Table
 
 from ..files import bytes_of
@@ -12,14 +9,14 @@ from ..loading import REPORT_NAME, find_patch, read_patch_config, read_patch_mod
 from ..report import RepairReport
 from ..sharing.ledger import Ledger
 from ..sharing.patch_files import LEDGER_CHECKSUM
-from .app import Json, Patch, Token, command, finish
+from .app import Json, OnePatchRevision, Patch, Token, command, finish
 from .console import escape, format_size, print_report, stderr_console
 
 
 @command()
 def inspect(
     patch: Patch,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
+    revision: OnePatchRevision = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:

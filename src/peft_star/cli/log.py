@@ -12,7 +12,7 @@ from ..sharing.entries import OUTSIDE, Entry
 from ..sharing.governor import HARM, Curve, curves, warnings_of
 from ..sharing.ledger import Ledger
 from ..sharing.recorded import Recorded
-from .app import Json, Patch, Token, command, finish
+from .app import Json, OnePatchRevision, Patch, Token, command, finish
 from .console import escape, stderr_console, visible
 
 # of the rest of a patch that is told, relative to its norm
@@ -23,7 +23,7 @@ TOLD = 1e-3
 def log(
     patch: Patch,
     rows: Annotated[bool, typer.Option("--rows", help="Also show each repair's rows.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
+    revision: OnePatchRevision = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:

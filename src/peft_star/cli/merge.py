@@ -12,6 +12,7 @@ from ..loading import load_patch
 from ..sharing.gguf_base import check_gguf_output
 from ..sharing.gguf_merge import GgufMerge
 from .app import (
+    AllowOtherBase,
     DeviceMap,
     Dtype,
     Json,
@@ -46,9 +47,7 @@ def merge(
     revision: Revision = None,
     token: Token = None,
     patch_revision: PatchRevision = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Merge PATCHes that were solved for other weights, too.")
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

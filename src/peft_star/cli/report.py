@@ -12,7 +12,7 @@ from ..loading import find_patch
 from ..sharing.entries import Entry
 from ..sharing.page import MAGIC, patch_page
 from ..sharing.recorded import log
-from .app import Json, Patch, Token, command, finish
+from .app import Json, OnePatchRevision, Patch, Token, command, finish
 from .console import escape, format_size, stderr_console
 
 
@@ -20,7 +20,7 @@ from .console import escape, format_size, stderr_console
 def report(
     patch: Patch,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="REPORT.html", help="The file to write.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a PATCH on the Hub.")] = None,
+    revision: OnePatchRevision = None,
     token: Token = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
     as_json: Json = False,
