@@ -47,14 +47,14 @@ POINTS = [
     ("peft.tuners.tuners_utils:BaseTunerLayer.unmerge", "self", "tuner/layer.py"),
     ("peft.tuners.tuners_utils:_get_in_out_features", "module", "tuner/layer.py"),
     ("peft.tuners.tuners_utils:check_adapters_to_merge", "module adapter_names", "tuner/layer.py"),
-    ("peft.tuners._buffer_dict:BufferDict.__init__", "self buffers persistent", "tuner/layer.py"),
+    ("peft.tuners._buffer_dict:BufferDict.__init__", "self buffers persistent", "tuner/neurons.py"),
     ("peft.tuners.tuners_utils:check_target_module_exists", "config key", "loading.py"),
     ("peft.tuners.tuners_utils:_find_minimal_target_modules", "target_modules other_module_names", "models/names.py"),
     ("peft.utils.other:_get_submodules", "model key", "tuner/model.py"),
     (
         "peft.utils.other:AuxiliaryTrainingWrapper.adapter_state_dict_load_map",
         "self adapter_name",
-        "tuner/model.py",
+        "tuner/loading.py",
     ),
     ("peft.utils:get_quantization_kwargs", "model", "tuner/model.py"),
     (
@@ -64,7 +64,7 @@ POINTS = [
     ),
     ("peft.config:PeftConfigMixin.save_pretrained", "self save_directory kwargs", "tuner/config.py"),
     ("peft.peft_model:PeftModel.create_or_update_model_card", "self output_dir", "sharing/card.py"),
-    ("transformers:PreTrainedModel._load_pretrained_model", None, "tuner/model.py"),
+    ("transformers:PreTrainedModel._load_pretrained_model", None, "tuner/loading.py"),
     ("transformers.utils:PushToHubMixin._upload_modified_files", None, "sharing/hub.py"),
 ]
 

@@ -14,7 +14,8 @@ from peft import get_peft_model
 
 from peft_star import RepairReport, StarConfig, export_lora
 from peft_star.report import BrokenToken, FailureRecord, PatchedLayer, RowRecord
-from peft_star.sharing.card import hub_id, model_card, read_card, short_name, write_card
+from peft_star.sharing.card import model_card, read_card, write_card
+from peft_star.sharing.download import hub_id, short_name
 from peft_star.sharing.patch_files import CARD_NAME, check_patch_output
 from support.byte_llama import build_model
 

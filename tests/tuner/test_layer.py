@@ -14,7 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_star import StarConfig
-from peft_star.tuner.layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, spread_neurons
+from peft_star.tuner.layer import Linear, StarLayer, count_of
+from peft_star.tuner.neurons import TOO_MANY_NEURONS, spread_neurons
 
 WIDTH, HEIGHT = 12, 7
 

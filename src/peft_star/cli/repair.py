@@ -15,7 +15,7 @@ from ..engine.distributed import launched
 from ..failures import read_rows
 from ..loading import load_patch
 from ..row_checks import check_contradictions
-from ..sharing.card import short_name
+from ..sharing.download import short_name
 from ..sharing.hub import check_repo_id, check_token
 from ..sharing.patch_files import check_patch_output
 from .app import (

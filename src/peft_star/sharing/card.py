@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 from peft import PeftConfig
 
-from ..report import RepairReport, code
-from .download import looks_like_path
+from ..report import RepairReport
+from .card_sections import damage, repaired, size, twin, usage
+from .download import hub_id, short_name
 from .patch_files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -31,8 +31,6 @@ from .patch_files import (
     patch_folders,
     read_patch_config,
 )
-
-SHOWN_ROWS = 20
 
 # the ranks that vLLM reserves memory for; an adapter of any rank up to that loads
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,15 +44,6 @@ _PIPELINES = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-_CLASSES = {
-    "CAUSAL_LM": "ForCausalLM",
-    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-    "FEATURE_EXTRACTION": "ForFeatureExtraction",
-}
-
 _HEADER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # what PEFT adds to a card when a patch is saved over an earlier one
 _PEFT_ADDS = re.compile(r"(?<=-->)\s*### Framework versions\s+- PEFT \S+\s*\Z")
@@ -63,22 +52,6 @@ _SIGNATURE = re.compile(r"\n<!-- peft_star: card ([0-9a-f]+), patch ([0-9a-f]+|n
 _COMMAND = re.compile(r"^## How it was made\n\n```bash\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
 # what PEFT and transformers put into the template of huggingface_hub
 _GENERIC = ("### Framework versions", "- PEFT ", "This is the model card of a 🤗 transformers model")
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` when it is a model's id on the Hub, None when it is a path of this machine or nothing at all."""
-    if not name or looks_like_path(name) or Path(name).expanduser().exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def short_name(name: str) -> str:
-    """A Hub id as it is, and of a path the last part: the rest tells about a machine."""
-    return hub_id(name) or [part for part in re.split(r"[\\/]", name) if part][-1:][0]
 
 
 def model_card(
@@ -129,7 +102,7 @@ def model_card(
     title = repo_id.split("/")[-1] if repo_id else f"STAR patch of {short_name(name) if name else 'a language model'}"
     sections = [
         f"# {title}",
-        f"A patch of {_size(report, patch)}{base_text}, made with peft_star. It repairs single tokens that the "
+        f"A patch of {size(report, patch)}{base_text}, made with peft_star. It repairs single tokens that the "
         "model gets wrong: it changes the neurons that cause them, and no other weight.",
     ]
     fingerprint = read("base_fingerprint")
@@ -139,10 +112,10 @@ def model_card(
             f"`peft_star.fingerprint(model)` gives it: `{fingerprint}`"
         )
     where = repo_id or "path/to/this/directory"
-    sections += _usage(where, base, name, read("revision"), task, subfolder)
-    sections += _twin(where, base, name, read("revision"), task) if lora else []
+    sections += usage(where, base, name, read("revision"), task, subfolder)
+    sections += twin(where, base, name, read("revision"), task) if lora else []
     if report:
-        sections += _repaired(report, plot, where) + _damage(report)
+        sections += repaired(report, plot, where) + damage(report)
     if command:
         sections.append(f"## How it was made\n\n```bash\n{command}\n```")
     if report and report.versions:
@@ -306,114 +279,3 @@ def _header(fields: Mapping[str, Any]) -> str:
 def _own_tags(tags: Any) -> list[str]:
     # PEFT writes a tag `base_model:adapter:<path>`; the Hub makes its own from `base_model`
     return [str(tag) for tag in tags or [] if not str(tag).startswith("base_model:")] if isinstance(tags, list) else []
-
-
-def _size(report: RepairReport | None, patch: Patch | None) -> str:
-    counts = [len(neurons) for neurons in patch.neurons.values()] if patch else []
-    if not counts and report:
-        counts = [len(layer.neurons) for layer in report.layers]
-    if not counts:
-        return ""
-    return f"{sum(counts)} neurons in {len(counts)} feed-forward layer{'s' if len(counts) > 1 else ''} of "
-
-
-def _usage(
-    where: str, base: str | None, name: str | None, revision: str | None, task: str, subfolder: str | None
-) -> list[str]:
-    kind = _CLASSES.get(task, "")
-    inside = f', subfolder="{subfolder}"' if subfolder else ""
-    lines = ["import peft_star  # makes PEFT know the method"]
-    if base and kind and not subfolder:
-        lines += [
-            f"from peft import AutoPeftModel{kind}",
-            "",
-            f'model = AutoPeftModel{kind}.from_pretrained("{where}")',
-        ]
-        after = f"It loads {base} and puts the patch on it. "
-    else:
-        kind = _auto_class(task)
-        lines += [
-            "from peft import PeftModel",
-            f"from transformers import {kind}",
-            "",
-            f"base = {kind}.from_pretrained({_source(base, name, revision)})",
-            f'model = PeftModel.from_pretrained(base, "{where}"{inside})',
-        ]
-        after = ""
-    after += "`model = model.merge_and_unload()` makes it an ordinary model; `peft-star merge` does the same on disk."
-    code = "\n".join(lines)
-    return [f"## How to load it\n\nWith `pip install peft-star`:\n\n```python\n{code}\n```\n\n{after}"]
-
-
-def _source(base: str | None, name: str | None, revision: str | None) -> str:
-    """The arguments with which transformers loads the base model."""
-    if not base and name and name.lower().endswith(".gguf"):
-        return f'"path/to/its/directory", gguf_file="{short_name(name)}"'
-    at = f', revision="{revision}"' if base and revision else ""
-    return f'"{base or "path/to/the/base-model"}"{at}'
-
-
-def _auto_class(task: str) -> str:
-    # without a task a language model is most likely: it is what can be repaired
-    return "AutoModel" + ("" if task == "FEATURE_EXTRACTION" else _CLASSES.get(task, "ForCausalLM"))
-
-
-def _twin(where: str, base: str | None, name: str | None, revision: str | None, task: str) -> list[str]:
-    kind = _auto_class(task)
-    code = "\n".join(
-        (
-            "from peft import PeftModel",
-            f"from transformers import {kind}",
-            "",
-            f"base = {kind}.from_pretrained({_source(base, name, revision)})",
-            f'model = PeftModel.from_pretrained(base, "{where}", subfolder="{LORA_DIR}")',
-        )
-    )
-    return [
-        "### Without peft_star\n\n"
-        f"The directory `{LORA_DIR}/` holds the same patch as a plain LoRA, exact up to float rounding, for PEFT "
-        f"alone, vLLM or llama.cpp:\n\n```python\n{code}\n```"
-    ]
-
-
-def _repaired(report: RepairReport, plot: bool, where: str) -> list[str]:
-    picture = (
-        "\n\n![Each failing token's lead over its strongest rival before and after, and the patch's size by layer]"
-        f"({PLOT_NAME})"
-    )
-    return [
-        f"## What was repaired\n\n{report.to_markdown(SHOWN_ROWS).strip()}{picture if plot else ''}"
-        f"\n\n`peft-star report {where} -o report.html` shows all of it as a page, with a map of the patched neurons."
-    ]
-
-
-def _damage(report: RepairReport) -> list[str]:
-    figures = report.summary()
-    lines = []
-    retained = [row for row in report.rows if row.source == "retain"]
-    if retained:
-        right = sum(row.exact_before for row in retained)
-        lines.append(
-            f"- Rows that had to stay right: {len(retained)}. Right before the patch: {right}. "
-            f"Broken by it: {figures['retained_rows_broken'] or 'none'}."
-        )
-    else:
-        lines.append("- No rows that had to stay right were given, so only the failing rows themselves were checked.")
-    lines.append(
-        f"- Tokens of all these rows that were right before the patch and are wrong after it: "
-        f"{figures['tokens_broken'] or 'none'}."
-    )
-    for name, seen in figures.get("served", {}).items():
-        lines.append(
-            f"- Failing rows that are right when the model computes as {code(name)}, of {figures['rows']}: "
-            f"{seen['rows_exact_before']} before, {seen['rows_exact_after']} after."
-        )
-    if "rows_generated_exact_after" in figures:
-        lines.append(
-            f"- Failing rows that greedy generation completes exactly, of {figures['rows']}: "
-            f"{figures['rows_generated_exact_before']} before, {figures['rows_generated_exact_after']} after."
-        )
-    if report.interrupted:
-        lines.append("- The repair was interrupted before it was done.")
-    text = "\n".join(lines)
-    return [f"## What was checked for damage\n\n{text}\n\nNothing is known about any other text."]

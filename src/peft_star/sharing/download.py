@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from ..files import recover
 from .patch_files import ANY_WEIGHTS, CARD_NAME, CONFIG_NAME, LEDGER_NAME, LEDGER_WEIGHTS, REPORT_NAME, TIMES_NAME
@@ -124,6 +126,22 @@ def looks_like_path(name: str) -> bool:
         or name.endswith("/")
         or name.lower().endswith((".gguf", ".safetensors", ".bin"))
     )
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` when it is a model's id on the Hub, None when it is a path of this machine or nothing at all."""
+    if not name or looks_like_path(name) or Path(name).expanduser().exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def short_name(name: str) -> str:
+    """A Hub id as it is, and of a path the last part: the rest tells about a machine."""
+    return hub_id(name) or [part for part in re.split(r"[\\/]", name) if part][-1:][0]
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from transformers.utils import PushToHubMixin
 
 from ..files import write_json
 from ..report import RepairReport
-from .card import clean_card, hub_id, write_card
-from .download import in_one_sentence
+from .card import clean_card, write_card
+from .download import hub_id, in_one_sentence
 from .lora import patch_to_lora
 from .patch_files import (
     ANY_WEIGHTS,

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from ..files import bytes_of
 from ..report import PROBLEM_COLUMNS, FailureRecord, RepairReport, RowRecord
 from ..text import harmless, one_line
-from .card import short_name
+from .download import short_name
 from .page_map import neuron_map, scale
 from .page_texts import LONGEST, Piece, changed, ending, failing
 from .patch_files import REPORT_NAME, Patch

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-import numbers
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..models.names import check_pattern
 from ..sharing.download import find_ledger
 from ..sharing.ledger import Ledger, is_ledger
 from ..sharing.lora import patch_to_lora
@@ -22,65 +19,25 @@ from ..sharing.patch_files import (
     WEIGHTS_NAME,
     checksum,
     foreign_tensors,
-    is_module_name,
     is_own,
     read_tensors,
 )
+from .config_checks import (
+    AUTO,
+    AUTO_NEURONS,
+    NEURON_PATTERNS,
+    check_amount,
+    check_counts,
+    check_in_features,
+    check_layer_selection,
+    check_layers_to_transform,
+    check_modules_to_save,
+    check_patterns,
+    check_scope,
+)
 from .reports import Repaired, save_report
 
-LAYER_SELECTIONS = ("occlusion", "last", "all")
-NEURON_PATTERNS = ("layer-wise", "model-wise")
-
-
-# the number of neurons that a repair chooses by itself, and how many an adapter has before
-AUTO, AUTO_NEURONS = "auto", 64
-
-
-def _check_amount(name: str, value: Any, noun: str, other: str = "") -> int | float:
-    """Return `value` as a Python int (a count) or float (a share in (0, 1]), or say what is wrong with it."""
-    # bool is an Integral in Python, so it has to be refused before the other checks
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"`{name}` should be an int (the number of {noun}) or a float in (0, 1] (a share of them){other}, "
-            f"got {value!r} of type {type(value).__name__}."
-        )
-    if isinstance(value, numbers.Integral):
-        if value <= 0:
-            raise ValueError(f"`{name}` should be a positive number of {noun}, got {int(value)}; pass 1 or more.")
-        return int(value)
-    value = float(value)
-    if not math.isfinite(value) or not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"`{name}` as a float is a share of the {noun} and should be in (0, 1], got {value!r}; "
-            "pass an int for a number of them."
-        )
-    return value
-
-
-def _check_index(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` should hold layer indices (ints), got {value!r} of type {type(value).__name__}.")
-    if value < 0:
-        raise ValueError(f"`{name}` should hold layer indices counted from 0, got {int(value)}.")
-    return int(value)
-
-
-def _check_counts(field_name: str, value: Any) -> dict[str, int]:
-    """Return `value` as a dict from module names to numbers of neurons, or say what is wrong with it."""
-    if not isinstance(value, dict):
-        raise TypeError(
-            f"`{field_name}` should be a dict from full module names to numbers of neurons, got {value!r}."
-        )
-    checked = {}
-    for name, count in value.items():
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"The keys of `{field_name}` should be full module names, got {name!r}.")
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
-            raise TypeError(f"`{field_name}[{name!r}]` should be an int, got {count!r}.")
-        if count <= 0:
-            raise ValueError(f"`{field_name}[{name!r}]` should be 1 or more, got {int(count)}.")
-        checked[name] = int(count)
-    return checked
+__all__ = ["AUTO", "AUTO_NEURONS", "StarConfig"]
 
 
 @dataclass
@@ -302,11 +259,12 @@ class StarConfig(PeftConfig):
         )
 
         if self.num_neurons != AUTO:
-            self.num_neurons = _check_amount("num_neurons", self.num_neurons, "neurons", f" or {AUTO!r}")
-        self.num_layers = _check_amount("num_layers", self.num_layers, "layers")
-        self._check_layers_to_transform()
-        self._check_layer_selection()
-
+            self.num_neurons = check_amount("num_neurons", self.num_neurons, "neurons", f" or {AUTO!r}")
+        self.num_layers = check_amount("num_layers", self.num_layers, "layers")
+        self.layers_to_transform = check_layers_to_transform(
+            self.layers_to_transform, self.layers_pattern, self.target_modules
+        )
+        self.layer_selection = check_layer_selection(self.layer_selection)
         if self.neuron_pattern not in NEURON_PATTERNS:
             raise ValueError(
                 f"`neuron_pattern` should be one of {', '.join(map(repr, NEURON_PATTERNS))}, "
@@ -316,95 +274,19 @@ class StarConfig(PeftConfig):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` should be True or False, got {getattr(self, name)!r}.")
         if self.neurons_per_module is not None:
-            self.neurons_per_module = _check_counts("neurons_per_module", self.neurons_per_module)
-        self._check_in_features()
+            self.neurons_per_module = check_counts("neurons_per_module", self.neurons_per_module)
+        if self.in_features is not None:
+            check_in_features(self.in_features)
         for name in ("base_fingerprint", "tensors_sha256", "ledger_sha256"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"`{name}` should be a string, got {getattr(self, name)!r}.")
-        self._check_modules_to_save()
-        self._check_patterns()
-        self._check_scope()
+        if self.modules_to_save is not None:
+            check_modules_to_save(self.modules_to_save)
+        check_patterns(self.target_modules, self.exclude_modules, self.layers_pattern)
+        if self.scope is not None:
+            check_scope(self.scope)
         # no field: it is a repair's, and goes into files of its own
         self.repaired: Repaired | None = None
-
-    def _check_scope(self) -> None:
-        if self.scope is None:
-            return
-        modules = self.scope.get("modules") if isinstance(self.scope, dict) else None
-        if not isinstance(modules, list) or not all(map(is_module_name, modules)) or "num_neurons" not in self.scope:
-            raise ValueError(f"`scope` should hold a list of `modules` and `num_neurons`, got {self.scope!r}.")
-        if self.scope["num_neurons"] != AUTO:
-            _check_amount("num_neurons", self.scope["num_neurons"], "neurons")
-
-    def _check_layers_to_transform(self) -> None:
-        if isinstance(self.layers_to_transform, (list, tuple, set)):
-            self.layers_to_transform = [_check_index("layers_to_transform", i) for i in self.layers_to_transform]
-        elif self.layers_to_transform is not None:
-            self.layers_to_transform = _check_index("layers_to_transform", self.layers_to_transform)
-
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-
-    def _check_modules_to_save(self) -> None:
-        names = self.modules_to_save
-        if names is None:
-            return
-        # PEFT compares ends of names, of which "" is one of all, and makes parts of patterns of them
-        if not isinstance(names, (list, tuple, set)) or not all(is_module_name(name) for name in names):
-            raise TypeError(f"`modules_to_save` should be a list of names of modules, got {names!r}.")
-
-    def _check_patterns(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            names = value if isinstance(value, (set, list, tuple)) else [value]
-            if value is not None and not all(isinstance(item, str) for item in names):
-                raise TypeError(f"`{name}` should be a list of names of modules or a pattern, got {value!r}.")
-        patterns = self.layers_pattern if isinstance(self.layers_pattern, (list, tuple)) else [self.layers_pattern]
-        for name, values in (
-            ("target_modules", [self.target_modules]),
-            ("exclude_modules", [self.exclude_modules]),
-            # PEFT puts as much around it
-            ("layers_pattern", [rf".*?\.{value}\.\d+\." if isinstance(value, str) else value for value in patterns]),
-        ):
-            for value in values:
-                if isinstance(value, str):
-                    check_pattern(value, name)
-
-    def _check_layer_selection(self) -> None:
-        if isinstance(self.layer_selection, str):
-            if self.layer_selection not in LAYER_SELECTIONS:
-                raise ValueError(
-                    f"`layer_selection` should be one of {', '.join(map(repr, LAYER_SELECTIONS))} or a list of layer "
-                    f"indices, got {self.layer_selection!r}."
-                )
-            return
-        if not isinstance(self.layer_selection, (list, tuple, set, range)):
-            raise TypeError(
-                f"`layer_selection` should be one of {', '.join(map(repr, LAYER_SELECTIONS))} or a list of layer "
-                f"indices, got {self.layer_selection!r}."
-            )
-        indices = [_check_index("layer_selection", index) for index in self.layer_selection]
-        if not indices:
-            raise ValueError("`layer_selection` is an empty list; name at least one layer or pass 'all'.")
-        if len(set(indices)) != len(indices):
-            raise ValueError(f"`layer_selection` names a layer twice: {indices}.")
-        self.layer_selection = sorted(indices)
-
-    def _check_in_features(self) -> None:
-        if self.in_features is None:
-            return
-        widths = self.in_features if isinstance(self.in_features, dict) else {"": self.in_features}
-        for name, width in widths.items():
-            counts = width if isinstance(width, list) and len(width) == 2 else [width]
-            if not isinstance(name, str) or not all(type(count) is int and count > 0 for count in counts):
-                raise ValueError(
-                    "`in_features` should be a number of neurons, a list of the number of experts and of the neurons "
-                    f"in each, or a dict of these by full module name, got {self.in_features!r}."
-                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
-from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
+from peft.utils.other import _get_submodules
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,48 +24,15 @@ from ..sharing.patch_files import (
     DELTA,
     INDEX_DTYPE,
     NEURONS,
-    WEIGHTS_NAME,
-    Patch,
     check_checksum,
-    check_delta,
-    check_names,
     check_neurons,
-    is_patch,
 )
-from .config import AUTO, StarConfig
+from .config import StarConfig
 from .experts import Experts
-from .layer import TOO_MANY_NEURONS, Linear, StarLayer, count_of, execution_device, spread_neurons, star_layers
-
-
-def record_counts(config: StarConfig, counts: dict[str, int]) -> None:
-    """Write the numbers of neurons of the modules, by plain name, into the config."""
-    if config.num_neurons == AUTO:
-        # what is repaired next with this adapter may need another number
-        config.neurons_per_module = dict(sorted(counts.items()))
-    elif len(set(counts.values())) == 1:
-        config.num_neurons = next(iter(counts.values()))
-        config.neurons_per_module = None
-    else:
-        config.num_neurons = max(counts.values())
-        config.neurons_per_module = dict(sorted(counts.items()))
-
-
-def widths_of(layers: Mapping[str, StarLayer]) -> dict[str, int | list[int]]:
-    """How many neurons the modules have in all, by plain name; of routed experts, how many there are and in each."""
-    return {
-        plain_name(name): [layer.num_experts, layer.neurons_per_expert]
-        if isinstance(layer, Experts)
-        else layer.in_features
-        for name, layer in layers.items()
-    }
-
-
-def _record_widths(config: StarConfig, layers: Mapping[str, StarLayer]) -> None:
-    """Write how many neurons the modules have in all into the config: converting a patch needs it."""
-    widths = widths_of(layers)
-    values = list(widths.values())
-    same = len(values) > 0 and values.count(values[0]) == len(values)
-    config.in_features = values[0] if same else dict(sorted(widths.items())) or None
+from .layer import Linear, StarLayer, count_of, execution_device, star_layers
+from .loading import check_tensors, load_checked, make_identity, make_room, saved_names
+from .neurons import TOO_MANY_NEURONS
+from .recording import record_counts, record_widths
 
 
 def _patched_neurons(
@@ -80,40 +46,6 @@ def _patched_neurons(
         if used.any():
             found[name] = layer.star_neurons[adapter_name][used].cpu(), delta[used].clone()
     return found
-
-
-def _saved_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """The tensors of `modules_to_save`: from their names in the model to those in a saved patch."""
-    return {
-        f"{name}.{ours}".removeprefix("_fsdp_wrapped_module."): f"{name}.{saved}"
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for saved, ours in module.adapter_state_dict_load_map(adapter_name).items()
-    }
-
-
-def _load_checked(*args: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> Any:
-    """Transformers' `PreTrainedModel._load_pretrained_model`, after a look at patches that are to be loaded.
-
-    Raises:
-        ValueError: A patch is damaged, or holds tensors that its configuration does not name.
-    """
-    for path in map(Path, checkpoint_files or ()):
-        if is_patch(path.parent):
-            if path.name != WEIGHTS_NAME:
-                raise ValueError(f"{path} cannot be checked; a patch keeps its tensors in {WEIGHTS_NAME}.")
-            Patch.read(path.parent)
-    load: Any = PreTrainedModel._load_pretrained_model
-    return load(*args, checkpoint_files=checkpoint_files, **kwargs)
-
-
-def _make_identity(layer: StarLayer, adapter_name: str) -> None:
-    """Give an adapter of a layer a delta of zero in the place of a random one, or of none at all (meta)."""
-    delta = layer.star_delta[adapter_name]
-    zeros = torch.zeros_like(delta, device="cpu" if delta.is_meta else delta.device)
-    layer.star_delta[adapter_name] = nn.Parameter(zeros, requires_grad=delta.requires_grad)
-    if delta.is_meta:
-        layer.star_neurons[adapter_name] = spread_neurons(len(delta), layer.in_features)
 
 
 def _neuron_shape(target: nn.Module) -> tuple[int, int]:
@@ -206,8 +138,8 @@ class StarModel(BaseTuner):
         if isinstance(self.model, PreTrainedModel):
             # transformers' own `load_adapter` takes over any tensor that the model has, base weights included, and
             # asks neither PEFT nor the tuner; what is set here knows no model, so it can be copied and pickled
-            self.model._load_pretrained_model = _load_checked  # type: ignore[method-assign]
-        _record_widths(config, star_layers(self.model, adapter_name))
+            self.model._load_pretrained_model = load_checked  # type: ignore[method-assign]
+        record_widths(config, star_layers(self.model, adapter_name))
 
     def _create_and_replace(
         self,
@@ -373,7 +305,7 @@ class StarModel(BaseTuner):
         config.layers_pattern = None
         config.exclude_modules = None
         record_counts(config, {plain_name(name): indices.numel() for name, indices in checked.items()})
-        _record_widths(config, {name: self.model.get_submodule(name) for name in checked})
+        record_widths(config, {name: self.model.get_submodule(name) for name in checked})
         self.targeted_module_names = list(star_layers(self.model))
 
     def exact_target_modules(self, config: StarConfig, names: Iterable[str]) -> set[str] | str:
@@ -467,31 +399,9 @@ class StarModel(BaseTuner):
             name.removeprefix("_fsdp_wrapped_module."): layer
             for name, layer in star_layers(model, adapter_name).items()
         }
-        wanted_keys = {f"{name}.{attribute}.{adapter_name}" for name in layers for attribute in (DELTA, NEURONS)}
-
-        for key in remapped:
-            module_name, _, attribute = key.rpartition(".")
-            if attribute in (DELTA, NEURONS) and key not in wanted_keys:
-                raise ValueError(
-                    f"The patch holds `{attribute}` of the module {module_name}, which the model does not have or "
-                    "which `target_modules` does not select."
-                )
-        saved = _saved_names(model, adapter_name)
-        check_names([key for key in remapped if key not in wanted_keys and key not in saved], None, "The patch")
-
-        # check everything before anything is changed
-        loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, layer in layers.items():
-            delta_key, neurons_key = (f"{name}.{attribute}.{adapter_name}" for attribute in (DELTA, NEURONS))
-            delta, neurons = remapped.get(delta_key), remapped.get(neurons_key)
-            if delta is None or neurons is None:
-                continue
-            module = plain_name(name)
-            if adapter_name in layer.merged_adapters:
-                raise ValueError(f"Adapter {adapter_name} cannot be loaded while it is merged. Unmerge it first.")
-            checked = check_neurons(neurons, layer.in_features, f"the module {module}")
-            check_delta(delta, checked.numel(), layer.out_features, f"the module {module}")
-            loaded[name] = (checked, delta)
+        saved = saved_names(model, adapter_name)
+        # everything is checked before anything is changed
+        loaded = check_tensors(remapped, layers, saved, adapter_name)
         if len(loaded) == len(layers):  # else PEFT has something to report anyway
             as_saved = {saved.get(key, key): tensor for key, tensor in state_dict.items()}
             check_checksum(as_saved, config.tensors_sha256, "The patch")
@@ -499,29 +409,17 @@ class StarModel(BaseTuner):
         config.tensors_sha256 = None
         if config.loaded_ledger is not None:
             config.ledger, config.loaded_ledger = config.loaded_ledger, None
-
         for name in layers.keys() - loaded.keys():
             # PEFT reports missing keys; one without the other means nothing
             for attribute in (DELTA, NEURONS):
                 remapped.pop(f"{name}.{attribute}.{adapter_name}", None)
             if not config.init_weights or layers[name].star_delta[adapter_name].is_meta:
-                _make_identity(layers[name], adapter_name)
-        counts = {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()}
-        resized = False
-        for name, (neurons, _) in loaded.items():
-            layer = layers[name]
+                make_identity(layers[name], adapter_name)
+        resized = [make_room(layers[name], adapter_name, neurons) for name, neurons in loaded.items()]
+        for name, neurons in loaded.items():
             # with low_cpu_mem_usage the loaded tensor itself becomes the buffer, so it needs the right dtype
             remapped[f"{name}.{NEURONS}.{adapter_name}"] = neurons.to(INDEX_DTYPE)
-            old_delta, old_neurons = layer.star_delta[adapter_name], layer.star_neurons[adapter_name]
-            if counts[name] != neurons.numel():
-                shape = (neurons.numel(), layer.out_features)
-                layer.star_delta[adapter_name] = nn.Parameter(
-                    torch.zeros(shape, dtype=old_delta.dtype, device=old_delta.device),
-                    requires_grad=old_delta.requires_grad,
-                )
-                layer.star_neurons[adapter_name] = torch.zeros_like(neurons, device=old_neurons.device)
-                counts[name] = neurons.numel()
-                resized = True
-        if resized:
+        if any(resized):
+            counts = {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()}
             record_counts(config, {plain_name(name): count for name, count in counts.items()})
         return remapped

@@ -27,7 +27,8 @@ from ..sharing.lora import patch_to_lora, write_lora
 from ..sharing.patch_files import DELTA, LEDGER_CHECKSUM, NEURONS, Patch, checksum
 from .config import StarConfig
 from .layer import StarLayer, star_layers
-from .model import StarModel, record_counts, widths_of
+from .model import StarModel
+from .recording import record_counts, widths_of
 from .reports import Repaired
 
 
