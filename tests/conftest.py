@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub: what a test needs it makes itself, and nothing is asked of the Hub.
@@ -28,6 +28,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from peft_star.loading import demo_model_path, load_model
 from support.byte_llama import build_model, build_tokenizer
+from support.hub_server import WRITER, Hub
+from support.storyteller import STARTUP, Storyteller
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +72,25 @@ def smollm2_dir(smollm2_gguf: Path, once: Callable[..., Path]) -> Path:
             part.save_pretrained(directory)
 
     return once("smollm2-135m-instruct", save)
+
+
+@pytest.fixture(scope="session")
+def story_hub() -> Iterator[Hub]:
+    """The Hub of a worker's stories, whose address the `storyteller` knows."""
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="session")
+def storyteller(story_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storyteller]:
+    """Runs commands, scripts and blocks of Python, without importing everything for each of them."""
+    variables = {"HF_ENDPOINT": story_hub.url, "HF_TOKEN": WRITER, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    variables |= {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    variables |= {"PYTHONPATH": f"{ROOT / 'src'}:{STARTUP}"}
+    storyteller = Storyteller(variables)
+    yield storyteller
+    storyteller.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.documents import Reader
+from support.storyteller import Storyteller
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -24,6 +24,9 @@ STORIES = {
     "growing_patch.py": "Nothing regressed.",
     "hub_and_lora.py": "With PEFT alone: 'True)'",
 }
+
+# sets the environment before it imports anything
+ALONE = {"hub_and_lora.py"}
 
 
 @pytest.fixture
@@ -43,11 +46,13 @@ def test_every_script_has_its_story() -> None:
 @pytest.mark.story
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("script", STORIES)
-def test_scripts_end_well(script: str, examples: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, examples / script], env=environment, capture_output=True, text=True, cwd=examples
-    )
+def test_scripts_end_well(script: str, examples: Path, storyteller: Storyteller) -> None:
+    environment = storyteller.environment
+    if script in ALONE:
+        command = [sys.executable, examples / script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=examples)
+    else:
+        done = storyteller.script(examples / script, examples, environment)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert STORIES[script] in done.stdout
 
@@ -64,8 +69,10 @@ def test_notebooks_are_notebooks_with_their_outputs(notebook: str) -> None:
 @pytest.mark.story
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("notebook", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
-def test_notebooks_print_what_they_hold(notebook: str, smollm2_gguf: Path, tmp_path: Path) -> None:
-    reader = Reader(tmp_path, {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"})
+def test_notebooks_print_what_they_hold(
+    notebook: str, smollm2_gguf: Path, tmp_path: Path, storyteller: Storyteller
+) -> None:
+    reader = Reader(storyteller, tmp_path)
     try:
         for cell in json.loads((EXAMPLES / notebook).read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":

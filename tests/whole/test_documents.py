@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from peft_star.failures import validate_row
 from support.documents import Reader, blocks_of
-from support.hub_server import WRITER, Hub
+from support.hub_server import Hub
+from support.storyteller import Storyteller
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "examples/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
@@ -76,21 +76,14 @@ def test_pages_are_found() -> None:
     assert len(PAGES) > 20 and sum(block.language in RUN for page in PAGES for block in blocks_of(ROOT / page)) > 50
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    hub = Hub()
-    yield hub
-    hub.close()
-
-
 @pytest.fixture(scope="module")
-def patch(once, smollm2_dir: Path) -> Path:
+def patch(once, smollm2_dir: Path, storyteller: Storyteller) -> Path:
     """A patch of the rows above. Not to be written to."""
 
     def make(directory: Path) -> None:
         (directory / "MODEL").symlink_to(smollm2_dir)
         write_rows(directory)
-        reader = Reader(directory, {"HF_HUB_OFFLINE": "1"})
+        reader = Reader(storyteller, directory)
         reader.shell("peft-star repair MODEL failures.jsonl --retain retain.jsonl -o my-patch")
         reader.close()
 
@@ -104,7 +97,13 @@ def patch(once, smollm2_dir: Path) -> Path:
     "page", [page for page in PAGES if any(b.language in RUN and not b.reason for b in blocks_of(ROOT / page))]
 )
 def test_the_blocks_of_a_page_run(
-    page: str, patch: Path, smollm2_dir: Path, smollm2_gguf: Path, hub: Hub, tmp_path: Path
+    page: str,
+    patch: Path,
+    smollm2_dir: Path,
+    smollm2_gguf: Path,
+    storyteller: Storyteller,
+    story_hub: Hub,
+    tmp_path: Path,
 ) -> None:
     for name in ("MODEL.gguf", "base.gguf"):
         (tmp_path / name).symlink_to(smollm2_gguf)
@@ -117,10 +116,8 @@ def test_the_blocks_of_a_page_run(
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "bin").symlink_to(tmp_path / "bin")
     write_rows(tmp_path)
-    variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-    variables |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    reader = Reader(tmp_path, variables, PRELUDES.get(page, ""))
+    story_hub.repos.clear()  # of the pages before
+    reader = Reader(storyteller, tmp_path, PRELUDES.get(page, ""))
     try:
         for block in blocks_of(ROOT / page):
             if block.language in RUN and not block.reason:
@@ -128,3 +125,22 @@ def test_the_blocks_of_a_page_run(
                 reader.run(block)
     finally:
         reader.close()
+
+
+@pytest.mark.slow
+@pytest.mark.story
+def test_what_goes_wrong_in_a_story_is_seen(storyteller: Storyteller, tmp_path: Path) -> None:
+    reader = Reader(storyteller, tmp_path)
+    try:
+        with pytest.raises(AssertionError, match="There is no patch"):
+            reader.shell("peft-star inspect ./nowhere")
+        with pytest.raises(AssertionError, match="ZeroDivisionError"):
+            reader.python("kept = 7\n1 / 0")
+        assert reader.python("print(kept)") == "7\n"
+    finally:
+        reader.close()
+    for end, code in {"import sys; sys.exit(3)": 3, "raise KeyError('gone')": 1, "import os; os.abort()": 1}.items():
+        (tmp_path / "story.py").write_text(f"import sys; print(sys.argv, flush=True); {end}")
+        done = storyteller.script(tmp_path / "story.py", tmp_path, storyteller.environment)
+        assert (done.returncode, done.stdout) == (code, f"{[str(tmp_path / 'story.py')]}\n")
+        assert ("KeyError" in done.stderr) == ("KeyError" in end)
