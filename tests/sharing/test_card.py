@@ -15,7 +15,6 @@ from peft import get_peft_model
 from peft_star import RepairReport, StarConfig, export_lora
 from peft_star.report import BrokenToken, FailureRecord, PatchedLayer, RowRecord
 from peft_star.sharing.card import model_card, read_card, write_card
-from peft_star.sharing.download import hub_id, short_name
 from peft_star.sharing.patch_files import CARD_NAME, check_patch_output
 from support.byte_llama import build_model
 
@@ -200,20 +199,6 @@ def test_metadata_that_people_added_is_kept(patch: Path) -> None:
 def test_no_card_without_a_patch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no patch"):
         write_card(tmp_path)
-
-
-def test_what_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    names = ("gpt2", "me/tiny", "here", "/x", "./x", "a/b/c", "x.gguf", "not a name", "", None)
-    assert [name for name in names if hub_id(name)] == ["gpt2", "me/tiny"]
-    assert [short_name(name) for name in ("me/tiny", "/a/b", "a\\b", "a/b/c/", "./here")] == [
-        "me/tiny",
-        "b",
-        "b",
-        "c",
-        "here",
-    ]
 
 
 def test_a_patch_with_its_twin_can_be_overwritten(patch: Path) -> None:

@@ -1,7 +1,9 @@
-"""One sentence for whatever the Hub's client raises. The client itself is asked in test_hub.py and test_loading.py."""
+"""Names of patches and models, and one sentence for whatever the Hub's client raises. The client itself is asked in
+test_hub.py and test_loading.py."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from peft_star.sharing.download import hub_error, in_one_sentence, is_hub_failure
+from peft_star.sharing.download import hub_error, hub_id, in_one_sentence, is_hub_failure, short_name
 
 
 def answered(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError, said: str | None = None) -> HfHubHTTPError:
@@ -90,3 +92,17 @@ def test_what_was_the_hubs_fault() -> None:
     assert not is_hub_failure(wrapped)
     wrapped.__context__ = answered(500)
     assert is_hub_failure(wrapped)
+
+
+def test_what_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    names = ("gpt2", "me/tiny", "here", "/x", "./x", "a/b/c", "x.gguf", "not a name", "", None)
+    assert [name for name in names if hub_id(name)] == ["gpt2", "me/tiny"]
+    assert [short_name(name) for name in ("me/tiny", "/a/b", "a\\b", "a/b/c/", "./here")] == [
+        "me/tiny",
+        "b",
+        "b",
+        "c",
+        "here",
+    ]

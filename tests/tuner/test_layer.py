@@ -14,8 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_star import StarConfig
-from peft_star.tuner.layer import Linear, StarLayer, count_of
-from peft_star.tuner.neurons import TOO_MANY_NEURONS, spread_neurons
+from peft_star.tuner.layer import Linear, StarLayer
 
 WIDTH, HEIGHT = 12, 7
 
@@ -384,17 +383,6 @@ def test_selection_before_any_repair_is_even_deterministic_and_nameless():
     assert make_layer(num_neurons=1).star_neurons["default"].tolist() == [WIDTH // 2]
 
 
-@given(width=st.integers(1, 300), data=st.data())
-def test_spread_neurons_are_valid(width, data):
-    count = data.draw(st.integers(1, width))
-    neurons = spread_neurons(count, width)
-    assert neurons.dtype == torch.int32
-    assert neurons.unique().numel() == count
-    assert 0 <= neurons.min() and neurons.max() < width
-    gaps = neurons.diff()
-    assert count < 2 or gaps.max() - gaps.min() <= 1
-
-
 def test_init_weights_false_is_random_but_seeded_and_nameless():
     deltas = []
     for name in ("a", "another"):
@@ -406,16 +394,7 @@ def test_init_weights_false_is_random_but_seeded_and_nameless():
     assert deltas[0].abs().min() > 0
 
 
-@pytest.mark.parametrize("amount, expected", [(1, 1), (12, 12), (1.0, 12), (0.5, 6), (0.001, 1), (0.99, 12)])
-def test_count_of(amount, expected):
-    assert count_of(amount, WIDTH, "neurons") == expected
-
-
 def test_more_neurons_than_the_module_has():
-    with pytest.raises(ValueError, match="13 neurons were requested for the module mlp.down, which has only 12"):
-        count_of(13, WIDTH, "mlp.down", TOO_MANY_NEURONS)
-    with pytest.raises(ValueError, match="13 layers were asked for, but there are 12; ask for at most 12"):
-        count_of(13, WIDTH, "layers")
     with pytest.raises(ValueError, match="has only 12"):
         make_layer(num_neurons=13)
 
