@@ -6,9 +6,11 @@ folder, environment and exit code are what their client gives and gets.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -94,7 +96,6 @@ class Storyteller:
 
 def _interpret() -> None:
     """Run what comes, a block of JSON a line, in one namespace, as a reader does who types one after the other."""
-    import contextlib
     import io
     import traceback
 
@@ -177,6 +178,9 @@ def serve(address: str) -> None:
         for stream in streams:
             os.close(stream)
         client.close()
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_star.failures import validate_row
-from support.documents import Reader, blocks_of
+from support.documents import PATCH, REPAIR, Reader, blocks_of
 from support.hub_server import Hub
 from support.storyteller import Storyteller
 
@@ -84,10 +84,10 @@ def patch(once, smollm2_dir: Path, storyteller: Storyteller) -> Path:
         (directory / "MODEL").symlink_to(smollm2_dir)
         write_rows(directory)
         reader = Reader(storyteller, directory)
-        reader.shell("peft-star repair MODEL failures.jsonl --retain retain.jsonl -o my-patch")
+        reader.shell(REPAIR)
         reader.close()
 
-    return once("documents-patch", make) / "my-patch"
+    return once("documents-patch", make) / PATCH
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_the_blocks_of_a_page_run(
     (tmp_path / ".venv" / "bin").symlink_to(tmp_path / "bin")
     write_rows(tmp_path)
     story_hub.repos.clear()  # of the pages before
-    reader = Reader(storyteller, tmp_path, PRELUDES.get(page, ""))
+    reader = Reader(storyteller, tmp_path, PRELUDES.get(page, ""), patch.parent)
     try:
         for block in blocks_of(ROOT / page):
             if block.language in RUN and not block.reason:
