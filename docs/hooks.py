@@ -1,15 +1,20 @@
-"""What the site's pages need beyond Markdown: the commands' help, names in docstrings as plain code, and no links to
-files that are not part of the site."""
+"""What the site's pages need beyond Markdown: the commands' help, files from outside docs/, names in docstrings as
+plain code, and no links to files that are not part of the site."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
 COMMANDS = "<!-- the commands -->"
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:examples|benchmarks|README|CONTRIBUTING)[^)]*\)")
+# a page that is a file of the repository's top folder, whose links begin there
+_WHOLE = re.compile(r'--8<-- "(\w+\.md)"\s*')
+_INTO_DOCS = re.compile(r"\]\(docs/([^)]+)\)")
+_BESIDE = re.compile(r"\[([^\]]+)\]\([A-Z]+[^):]*\)")
 _NAME = re.compile(r"\[(`~?[\w.]+`)\](?![(\[])")
 
 
@@ -22,7 +27,10 @@ class PlainReferences(griffe.Extension):
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Put the commands' help, as they print it themselves, where a page asks for it."""
+    """Put the commands' help, as they print it themselves, and a file of the top folder where a page asks for it."""
+    if whole := _WHOLE.fullmatch(markdown):
+        text = (Path(__file__).parents[1] / whole[1]).read_text(encoding="utf-8")
+        markdown = _BESIDE.sub(r"\1", _INTO_DOCS.sub(r"](\1)", text))
     markdown = _OUTSIDE.sub(r"\1", markdown)
     return markdown.replace(COMMANDS, _commands()) if COMMANDS in markdown else markdown
 
