@@ -138,7 +138,7 @@ def _be_the_child(client: socket.socket, message: bytes, streams: Sequence[int])
         _run(kind, words)
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = int(end.code if isinstance(end.code, int) else end.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -139,7 +139,13 @@ def test_what_goes_wrong_in_a_story_is_seen(storyteller: Storyteller, tmp_path: 
         assert reader.python("print(kept)") == "7\n"
     finally:
         reader.close()
-    for end, code in {"import sys; sys.exit(3)": 3, "raise KeyError('gone')": 1, "import os; os.abort()": 1}.items():
+    for end, code in {
+        "sys.exit(3)": 3,
+        "sys.exit(False)": 0,
+        "sys.exit('no')": 1,
+        "raise KeyError('gone')": 1,
+        "import os; os.abort()": 1,
+    }.items():
         (tmp_path / "story.py").write_text(f"import sys; print(sys.argv, flush=True); {end}")
         done = storyteller.script(tmp_path / "story.py", tmp_path, storyteller.environment)
         assert (done.returncode, done.stdout) == (code, f"{[str(tmp_path / 'story.py')]}\n")
