@@ -139,6 +139,8 @@ def _be_the_child(client: socket.socket, message: bytes, streams: Sequence[int])
         code = 0
     except SystemExit as end:
         code = int(end.code if isinstance(end.code, int) else end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
