@@ -102,7 +102,9 @@ class Served:
 
     def transformers(self, dtype: str, how: str) -> Said:
         """What transformers says."""
-        said = {"alone": generated(load_model(self.directory(), dtype=dtype)[0], self.tokenizer, self.asked)}
+        said = {}
+        if how == "LoRA":
+            said["alone"] = generated(load_model(self.directory(), dtype=dtype)[0], self.tokenizer, self.asked)
         for name in self.names:
             model = load_patch(load_model(self.directory(), dtype=dtype)[0], str(self.patch(name)))
             model = model.merge_and_unload() if how == "merged" else model
@@ -152,21 +154,26 @@ class Served:
             engines.append(("llama.cpp", TYPES, self.llama_cpp))
         if (self.engines / "vllm" / "bin" / "python").exists():
             engines.append(("vLLM", DTYPES, self.vllm))
-        for engine, kinds, says in engines:
-            for kind in kinds:
-                for how in HOW:
+        for how in HOW:
+            for engine, kinds, says in engines:
+                for kind in kinds:
                     yield f"{engine}|{kind}|{how}", partial(says, kind, how)
 
 
 @torch.no_grad()
 def generated(model: Any, tokenizer: Any, asked: list[tuple[str, int]]) -> list[str]:
-    """What transformers generates from each prompt, of so many tokens, greedily."""
-    said = []
-    for prompt, tokens in asked:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    """What transformers generates from each prompt, of so many tokens, greedily and several at once."""
+    tokenizer.padding_side, said = "left", [""] * len(asked)
+    # rows of about one length together: padding costs
+    order = sorted(range(len(asked)), key=lambda row: len(asked[row][0]))
+    for start in range(0, len(order), llama_cpp.PARALLEL):
+        some = order[start : start + llama_cpp.PARALLEL]
+        inputs = tokenizer([asked[row][0] for row in some], return_tensors="pt", padding=True)
+        tokens = max(asked[row][1] for row in some)
         # a completion may go on behind the token that ends a text
         output = model.eval().generate(**inputs, do_sample=False, max_new_tokens=tokens, eos_token_id=None)
-        said.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+        for row, text in zip(some, tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])):
+            said[row] = text
     return said
 
 
@@ -179,7 +186,7 @@ def make_patch(
     report = repair(model, tokenizer, rows, RepairArguments(**args, disable_tqdm=True), retain=retained)
     seconds = time.process_time() - start
     model.save_pretrained(out)
-    found = {"cpu_seconds": seconds, "kl": harm(model).kl, "summary": report.summary()}
+    found = {"cpu_seconds": seconds, "seconds": report.seconds, "kl": harm(model).kl, "summary": report.summary()}
     model.unload()
     return found
 
@@ -198,24 +205,19 @@ def table(results: dict[str, Any], rows: Rows, failures: int, names: list[str]) 
     """Markdown: rows exact by engine and precision, then what the repairs cost. `failures`: so many rows, from the
     first, are to be repaired; the others are retained."""
     lines = [
-        f"Rows exact of {failures} (and retained rows broken of those right without the patch, where any is):",
+        f"Rows exact of {failures}, as a LoRA / merged (and how many of the retained rows right without it break):",
         "",
-        f"| engine | matrices of the base | patch | without it | {' | '.join(names)} |",
-        f"| {' | '.join(['---'] * (4 + len(names)))} |",
+        f"| engine | matrices of the base | without it | {' | '.join(names)} |",
+        f"| {' | '.join(['---'] * (3 + len(names)))} |",
     ]
-    alone: dict[tuple[str, str], list[bool]] = {}
-    for key, said in results.items():
-        if "|" not in key:
-            continue
-        engine, kind, how = key.split("|")
-        if "alone" in said:
-            alone[engine, kind] = exact(rows, said["alone"])
-        before, cells = alone[engine, kind], []
-        for name in names:
-            now = exact(rows, said[name])
-            broken = sum(was and not still for was, still in zip(before[failures:], now[failures:]))
-            cells.append(f"{sum(now[:failures])}" + (f" ({broken} of {sum(before[failures:])})" if broken else ""))
-        lines.append(f"| {engine} | {kind} | {how} | {sum(before[:failures])} | {' | '.join(cells)} |")
+    for engine, kind in dict.fromkeys(tuple(key.split("|")[:2]) for key in results if "|" in key):
+        said = [results.get(f"{engine}|{kind}|{how}", {}) for how in HOW]
+        before = exact(rows, said[0]["alone"])
+        cells = [
+            " / ".join(_counts(before, exact(rows, of[name]), failures) if name in of else "–" for of in said)
+            for name in names
+        ]
+        lines.append(f"| {engine} | {kind} | {sum(before[:failures])} | {' | '.join(cells)} |")
     made = {name: results[f"repair {name}"] for name in names if f"repair {name}" in results}
     if made:
         titles = ("repair", "CPU s", "KL on the licence", "own texts unchanged", "failing tokens solved")
@@ -226,6 +228,11 @@ def table(results: dict[str, Any], rows: Rows, failures: int, names: list[str]) 
         kept = f"{summary.get('own_texts_unchanged', '–')} of {summary.get('own_texts', '–')}"
         lines.append(f"| {name} | {found['cpu_seconds']:.1f} | {found['kl']:.4f} | {kept} | {solved} |")
     return "\n".join(lines)
+
+
+def _counts(before: list[bool], now: list[bool], failures: int) -> str:
+    broken = sum(was and not still for was, still in zip(before[failures:], now[failures:]))
+    return f"{sum(now[:failures])}" + (f" ({broken} of {sum(before[failures:])})" if broken else "")
 
 
 def versions(engines: Path) -> dict[str, str]:
@@ -272,8 +279,8 @@ def main() -> None:
         return make_patch(base, tokenizer, failures, retained, arguments, harm, served.patch(name))
 
     units = [(f"repair {name}", partial(made, name)) for name in ([] if given.patches else SERVE)]
-    if run_units([*units, *served.lines()], state, given.json, desc="parts"):
-        print(table(state["results"], failures + retained, len(failures), served.names))
+    run_units([*units, *served.lines()], state, given.json, desc="parts")
+    print(table(state["results"], failures + retained, len(failures), served.names))
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def test_three_repairs_are_served_and_nothing_is_measured_twice(call, monkeypatc
     printed = call(*words)
     found = json.loads((tmp_path / "serving.json").read_text())
     assert found["engines"] == {}
-    engines = [f"transformers|{dtype}|{how}" for dtype in serving.DTYPES for how in serving.HOW]
+    engines = [f"transformers|{dtype}|{how}" for how in serving.HOW for dtype in serving.DTYPES]
     assert list(found["results"]) == [*(f"repair {name}" for name in serving.SERVE), *engines]
     for name in serving.SERVE:
         assert serving.exact(ROWS, found["results"]["transformers|float32|LoRA"][name])[:2] == [True, True]
-    assert "| transformers | float32 | LoRA | 0 | 2" in printed and "| default | " in printed
+    assert "| transformers | float32 | 0 | 2" in printed and "| default | " in printed
     monkeypatch.setattr(serving, "make_patch", lambda *args: 1 / 0)
     monkeypatch.setattr(serving, "generated", lambda *args: 1 / 0)
     assert call(*words) == printed
@@ -55,10 +55,10 @@ def test_three_repairs_are_served_and_nothing_is_measured_twice(call, monkeypatc
 
 def test_rows_exact_and_retained_rows_broken_are_counted() -> None:
     said = {"alone": ["x", "!", "mm."], "one": ["cd", "!", "mm"], "two": ["c", "?", "m"]}
-    merged = {name: said[name] for name in ("one", "two")}
-    results = {"llama.cpp|F16|LoRA": said, "llama.cpp|F16|merged": merged}
+    results = {"llama.cpp|F16|LoRA": said, "vLLM|bfloat16|LoRA": said, "llama.cpp|F16|merged": {"one": said["two"]}}
     lines = serving.table(results, ROWS, 2, ["one", "two"]).splitlines()
-    assert lines[-2:] == [f"| llama.cpp | F16 | {how} | 1 | 2 | 1 (1 of 1) |" for how in serving.HOW]
+    assert lines[-2] == "| llama.cpp | F16 | 1 | 2 / 1 (1 of 1) | 1 (1 of 1) / – |"
+    assert lines[-1] == "| vLLM | bfloat16 | 1 | 2 / – | 1 (1 of 1) / – |"
 
 
 def test_each_engine_is_given_each_patch(call, monkeypatch, tiny_dir, tmp_path) -> None:
@@ -85,8 +85,9 @@ def test_each_engine_is_given_each_patch(call, monkeypatch, tiny_dir, tmp_path) 
     patches = [str(tmp_path / "first"), str(tmp_path / "second")]
     printed = call("--model", str(tiny_dir), "--engines", str(tmp_path / "engines"), "--patches", *patches)
     lora, merged = (False, ["first", "second"]), (True, [])
-    assert asked == [(dtype, *what) for dtype in serving.DTYPES for what in (lora, merged, merged)]
-    assert "| vLLM | bfloat16 | merged | 2 | 2 | 2 |" in printed and "llama.cpp" not in printed
+    loras = [(dtype, *lora) for dtype in serving.DTYPES]
+    assert asked == loras + [(dtype, *merged) for dtype in serving.DTYPES for _ in patches]
+    assert "| vLLM | bfloat16 | 2 | 2 / 2 | 2 / 2 |" in printed and "llama.cpp" not in printed
 
 
 def test_a_rank_that_vllm_knows_fits_all_loras() -> None:
