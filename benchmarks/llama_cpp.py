@@ -1,43 +1,43 @@
-"""How many rows llama.cpp gets right with a patch: as a LoRA and merged, on a base in several types.
-
-    npm install --prefix engine node-llama-cpp
-    python benchmarks/llama_cpp.py MODEL.gguf PATCH ROWS.jsonl --engine engine
-
-Greedy, on a CPU. A row is right when what is generated begins with its completion.
-"""
+"""What llama.cpp says with a `.gguf` model, and with a LoRA of it: greedy, on one thread, several rows at once."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 from peft_star.sharing.gguf_base import gguf_value, read_gguf
-from peft_star.sharing.gguf_lora import patch_to_gguf
-from peft_star.sharing.gguf_merge import GgufMerge, copy_values
-from prompts import read_jsonl
+from peft_star.sharing.gguf_merge import copy_values
+
+# rows that are generated at once, as a server does
+PARALLEL = 8
 
 ENGINE = """
 import fs from "fs";
 import {getLlama, LlamaCompletion} from "node-llama-cpp";
-const {model: modelPath, lora, rows, out} = JSON.parse(fs.readFileSync(process.argv[2], "utf8"));
+const {model: modelPath, lora, rows, length, parallel, out} = JSON.parse(fs.readFileSync(process.argv[2], "utf8"));
 const llama = await getLlama({gpu: false, build: "never", maxThreads: 1});
 const model = await llama.loadModel({modelPath});
-const context = await model.createContext({contextSize: 512, threads: 1, ...(lora ? {lora} : {})});
+const sequences = Math.min(rows.length, parallel);
+const context = await model.createContext({contextSize: length, sequences, threads: 1, ...(lora ? {lora} : {})});
 const texts = [];
-for (const {prompt, completion} of rows) {
-  const contextSequence = context.getSequence();
-  const generator = new LlamaCompletion({contextSequence});
-  const maxTokens = model.tokenize(completion, false).length + 3;
-  texts.push(await generator.generateCompletion(model.tokenize(prompt, false), {maxTokens, temperature: 0}));
-  generator.dispose();
-  contextSequence.dispose();
+let next = 0;
+async function serve() {
+  const contextSequence = context.getSequence(), generator = new LlamaCompletion({contextSequence});
+  while (next < rows.length) {
+    const row = next++, [prompt, maxTokens] = rows[row];
+    // without saying so, tokens that were said before are made less likely
+    const greedily = {maxTokens, temperature: 0, repeatPenalty: false};
+    texts[row] = await generator.generateCompletion(model.tokenize(prompt, false), greedily);
+    await contextSequence.clearHistory();
+  }
 }
+await Promise.all(Array.from({length: sequences}, serve));
 fs.writeFileSync(out, JSON.stringify(texts));
 process.exit(0);
 """
@@ -58,40 +58,27 @@ def unpack(base: Path, out: Path, kind: gguf.GGMLQuantizationType) -> None:
     writer.close()
 
 
-def right(engine: Path, model: Path, lora: Path | None, rows: list[dict]) -> int:
-    """How many rows are right."""
+def says(
+    engine: Path, model: Path, rows: Sequence[tuple[str, int]], lora: Path | None = None, length: int = 1024
+) -> list[str]:
+    """What is generated from each row.
+
+    Args:
+        engine: Where node-llama-cpp is installed.
+        model: A `.gguf` file.
+        rows: Prompts, and how many tokens are generated from each.
+        lora: A `.gguf` file of a LoRA.
+        length: The most tokens that a prompt and what is said may have.
+
+    Raises:
+        RuntimeError: llama.cpp ended with an error, whose last lines are the message.
+    """
     with tempfile.TemporaryDirectory(dir=engine) as folder:  # there the script finds the package
         script, job, out = (Path(folder).resolve() / name for name in ("run.mjs", "job.json", "texts.json"))
         script.write_text(ENGINE)
         paths = {"model": str(model.resolve()), "lora": lora and str(lora.resolve()), "out": str(out)}
-        job.write_text(json.dumps({**paths, "rows": rows}))
-        subprocess.run(["node", script, job], check=True, stdin=subprocess.DEVNULL)
-        texts = json.loads(out.read_text())
-    return sum(text.startswith(row["completion"]) for text, row in zip(texts, rows))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("patch", type=Path)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--engine", type=Path, required=True, help="where node-llama-cpp is installed")
-    parser.add_argument("--types", nargs="*", default=["F32", "F16", "BF16", "Q8_0"])
-    args = parser.parse_args()
-    rows = read_jsonl(args.rows)
-    print(f"{'base':8} {'alone':>6} {'LoRA':>6} {'merged':>6}   of {len(rows)}")
-    with tempfile.TemporaryDirectory() as folder:
-        lora, base, merged = (Path(folder) / f"{name}.gguf" for name in ("lora", "base", "merged"))
-        patch_to_gguf(args.patch, lora, args.model)
-        for name in ("as it is", *args.types):
-            model = args.model
-            if name != "as it is":
-                model = base
-                unpack(args.model, base, gguf.GGMLQuantizationType[name])
-            GgufMerge.read(model, [args.patch]).write(merged, overwrite=True)
-            cells = [right(args.engine, *pair, rows) for pair in ((model, None), (model, lora), (merged, None))]
-            print(f"{name:8} {cells[0]:6} {cells[1]:6} {cells[2]:6}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        job.write_text(json.dumps({**paths, "length": length, "parallel": PARALLEL, "rows": list(rows)}))
+        run = subprocess.run(["node", script, job], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if run.returncode or not out.is_file():
+            raise RuntimeError(f"llama.cpp ended with {run.returncode}: {run.stderr[-3000:]}")
+        return json.loads(out.read_text())

@@ -107,6 +107,19 @@ def test_a_repair_has_the_margin_that_its_arithmetic_needs(mode, algorithm, monk
     assert "| q8_0 | 0 of 2 | 2 | 0 of 0 |" in text and "| 1 | ` w40` | ✓ | ✓ |" in text
 
 
+def test_where_it_holds_at_once_each_arithmetic_is_looked_at_before_and_after(monkeypatch):
+    looks, look = [], serving.Serving.look
+
+    def counted(self, *args):
+        looks.append(list(self.engines))
+        return look(self, *args)
+
+    monkeypatch.setattr(serving.Serving, "look", counted)
+    report = repair(star(), word_tokenizer(), ROWS, RepairArguments(**QUIET, serve=("bf16", "q8_0")))
+    assert report.success and all(row.served_after == {"bf16": True, "q8_0": True} for row in report.rows)
+    assert looks == [["bf16", "q8_0"]] * 2
+
+
 def test_nothing_else_changes_where_nothing_serves(monkeypatch):
     """A repair for the model's own arithmetic alone takes the steps that it took."""
     tokenizer, deltas = word_tokenizer(), []

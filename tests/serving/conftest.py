@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from peft import get_peft_model
+from transformers import AutoTokenizer
 
 from peft_star import RepairArguments, StarConfig, repair
 from peft_star.failures import read_rows
@@ -19,11 +21,24 @@ from peft_star.loading import load_model
 ROOT = Path(__file__).parents[2]
 ENGINES = Path(os.environ.get("PEFT_STAR_ENGINES", ROOT / ".engines"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import serving  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
     return read_rows(ROOT / "examples" / "failures.jsonl")
+
+
+@pytest.fixture(scope="session")
+def asked(rows: list[dict], smollm2_dir: Path) -> list[tuple[str, int]]:
+    """The prompts, and how many tokens to generate from each."""
+    return serving.questions(rows, AutoTokenizer.from_pretrained(smollm2_dir))
+
+
+@pytest.fixture(scope="session")
+def exact(rows: list[dict]) -> Callable[[list[str]], list[bool]]:
+    """Which rows an engine's texts complete."""
+    return partial(serving.exact, rows)
 
 
 @pytest.fixture(scope="session")

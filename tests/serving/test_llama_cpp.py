@@ -1,7 +1,5 @@
 """llama.cpp says what was repaired, with the patch as a LoRA and merged, on bases of several types."""
 
-from pathlib import Path
-
 import gguf
 import pytest
 
@@ -13,13 +11,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.serving]
 
 
 @pytest.mark.parametrize("kind", ["as it is", "F32", "F16", "BF16", "Q8_0"])
-def test_every_row_is_generated_exactly(llama_cpp, smollm2_gguf, served_patch, rows, tmp_path: Path, kind):
+def test_every_row_is_generated_exactly(llama_cpp, smollm2_gguf, served_patch, rows, asked, exact, tmp_path, kind):
     base, lora, merged = smollm2_gguf, tmp_path / "lora.gguf", tmp_path / "merged.gguf"
     if kind != "as it is":
         base = tmp_path / "base.gguf"
         engine.unpack(smollm2_gguf, base, gguf.GGMLQuantizationType[kind])
     patch_to_gguf(served_patch, lora, smollm2_gguf)
-    assert engine.right(llama_cpp, base, None, rows) == 0
-    assert engine.right(llama_cpp, base, lora, rows) == len(rows)
+    assert not any(exact(engine.says(llama_cpp, base, asked)))
+    assert all(exact(engine.says(llama_cpp, base, asked, lora)))
     GgufMerge.read(base, [served_patch]).write(merged)
-    assert engine.right(llama_cpp, merged, None, rows) == len(rows)
+    assert all(exact(engine.says(llama_cpp, merged, asked)))

@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ..engine.batch import Batch, completion_offsets
-from ..engine.predictions import Predictions
 from ..engine.replay import Replay
 from ..evaluation.own_texts import Heard, TextsHarm, hear, texts_harm
 from ..models.fingerprint import fingerprint
@@ -31,12 +30,12 @@ AIM = 0.8
 
 _VOICES: WeakKeyDictionary[nn.Module, tuple[tuple, dict[Batch, Heard], Replay]] = WeakKeyDictionary()
 
-Mode = Callable[[Run, Case, Seen, Trace | None], Predictions]
+Patch = Callable[[Run, Case, Seen, Trace | None], Seen]
 
 
 def within_limits(
-    run: Run, case: Case, before: Seen, traced: Trace | None, patch: Mode, start: AdapterState
-) -> tuple[Predictions, TextsHarm]:
+    run: Run, case: Case, before: Seen, traced: Trace | None, patch: Patch, start: AdapterState
+) -> tuple[Seen, TextsHarm]:
     """Patch such that at most `max_harm` of the model's own texts change, what an earlier patch changed included.
 
     Args:
@@ -44,12 +43,12 @@ def within_limits(
         case: The rows.
         before: What the model says at them before the patch.
         traced: Their trace, in mode "multiple".
-        patch: The mode: it patches, and says what the model says then.
+        patch: It patches, and says what is seen then.
         start: What the adapter held before the repair.
 
     Returns:
-        What the model says at the failures' rows, and the harm. Rows that were left out are wrong as before, and
-        the journal has a warning for each.
+        What is seen with the patch, and the harm. Rows that were left out are wrong as before, and the journal has a
+        warning for each.
     """
     now, harm = patch(run, case, before, traced), measure(run)
     limit = run.args.max_harm

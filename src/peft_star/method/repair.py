@@ -136,7 +136,8 @@ def _repair(
             interrupted = error
         subject.config.base_fingerprint = fingerprint(subject.base)
         generate = args.verify_generation if not interrupted else False
-        seen_now = look_after(run, case, after)
+        # what was seen last was seen in every arithmetic, and nothing has changed since
+        seen_now = look_after(run, case, None) if after is None else after
         now = verify(run, case, seen_now, with_generation=bool(generate), behind=generate is not False)
         report = make_report(run, case, seen, now, harm, interrupted is not None)
         keys = {} if args.ledger_rows else failing_activations(run, case, seen)
@@ -218,12 +219,10 @@ def _serving(run: Run) -> Serving:
     return Serving({name: (how, replace(run.engine, replay=replays[name])) for name, how in wanted.items()})
 
 
-def patched(run: Run, case: Case, before: Seen, traced: Trace | None) -> Predictions:
-    """Patch as the mode has it, and until it holds in what serves it; what the model says at the S tokens then."""
+def patched(run: Run, case: Case, before: Seen, traced: Trace | None) -> Seen:
+    """Patch as the mode has it, and until it holds in what serves it; what is seen then."""
     after = MODES[run.args.mode](run, case, before, traced)
-    if not run.serving:
-        return after
-    return hold(run, case, before, look_after(run, case, after), patch_traced).predictions
+    return hold(run, case, before, look_after(run, case, after), patch_traced)
 
 
 def together(run: Run, case: Case, before: Seen, traced: Trace) -> Predictions:
