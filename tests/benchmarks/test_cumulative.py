@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import cumulative  # noqa: E402
+import report  # noqa: E402
 import succession  # noqa: E402
 from cumulative_report import IN_SUCCESSION, lines, table  # noqa: E402
 from methods import make_method  # noqa: E402
@@ -156,6 +157,20 @@ def test_points_are_measured_once(command, capsys, monkeypatch, tmp_path):
     assert command(*command.facts, "--counts", 1, 2, "--step", 1) == both and not measured
     with pytest.raises(SystemExit, match="other settings"):
         command(*command.facts, "--counts", 1, "--seed", 1)
+
+
+def test_the_page_of_results_has_its_tables_and_pictures(command, tmp_path):
+    command(*command.task, "--counts", 1, 2, "--step", 1)
+    command(*command.facts, "--counts", 1, "--step", 0)
+    page = tmp_path / "docs" / "results.md"
+    text = report.build([tmp_path / "cumulative.json"], page, {"tiny-llama": "Tiny Llama"})
+    assert "### What one patch can hold" in text and "#### conala" in text and "#### facts" in text
+    found = [line for line in text.splitlines() if line.startswith("python benchmarks/cumulative.py")]
+    assert len(found) == 2 and all("--json cumulative.json" in line for line in found)
+    assert "--data DIR" in found[0] and "--tasks conala" in found[0] and "--counts 1 2 --step 1" in found[0]
+    assert "--facts facts.jsonl" in found[1] and "--data" not in found[1] and "--counts 1 --step 0" in found[1]
+    for name in ("conala", "facts"):
+        assert (tmp_path / "docs" / "results" / f"tiny-llama-cumulative-{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("kept", [True, False])
