@@ -314,6 +314,11 @@ def main() -> None:
     for name, method in methods.items():
         if known.setdefault(name, method.settings) != method.settings:
             raise SystemExit(f"{given.json} holds {name} with other settings; name another file.")
+    # what is row 7 in one folder is another row in another
+    for name in ("data", "facts"):
+        path = getattr(given, name)
+        if path is not None and state.setdefault(name, str(path)) != str(path):
+            raise SystemExit(f"{given.json} holds results of {state[name]}; name another file.")
     with resumable(given.json):
         base, tokenizer = load(given)
         study = Study(base, tokenizer, given, state)

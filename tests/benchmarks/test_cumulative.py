@@ -157,6 +157,11 @@ def test_points_are_measured_once(command, capsys, monkeypatch, tmp_path):
     assert command(*command.facts, "--counts", 1, 2, "--step", 1) == both and not measured
     with pytest.raises(SystemExit, match="other settings"):
         command(*command.facts, "--counts", 1, "--seed", 1)
+    with pytest.raises(SystemExit, match="holds results of .*facts.jsonl"):
+        command("--facts", tmp_path / "others.jsonl", "--counts", 1)
+    with pytest.raises(SystemExit, match="holds sgd:max_steps=50 with other settings"):
+        monkeypatch.setattr(cumulative, "parse_method", lambda name: make_method("sgd", max_steps=2))
+        command(*command.task, "--counts", 1)
 
 
 def test_the_page_of_results_has_its_tables_and_pictures(command, tmp_path):
