@@ -341,13 +341,22 @@ class Editor(Method):
         }
         return [layers[number] for number in sorted(numbers)]
 
-    def edit(self, problem: Problem, layers: Sequence[Layer]) -> tuple[int, list[float]]:
-        """Change the layers' matrices; returns the steps of all searches and the loss that each ended at."""
+    def edit(
+        self, problem: Problem, layers: Sequence[Layer], earlier: dict[str, list[torch.Tensor]] | None = None
+    ) -> tuple[int, list[float]]:
+        """Change the layers' matrices; returns the steps of all searches and the loss that each ended at.
+
+        Args:
+            problem: The rows.
+            layers: The layers.
+            earlier: By layer the keys of earlier batches, to which those of this edit's are added; None: it is the
+                first.
+        """
         base, rows = problem.base, problem.rows
         statistics = self.statistics(base, problem.tokenizer, layers)
         size = self.settings.get("batch", 1) or len(rows)
         steps, losses = 0, []
-        earlier = {layer.name: [] for layer in layers}
+        earlier = {} if earlier is None else earlier
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             contexts = [[Site.of(row, problem.tokenizer, before) for before in ("", *CONTEXTS)] for row in part]
@@ -364,11 +373,12 @@ class Editor(Method):
                 keys = now.v[layer.name].double().unflatten(0, (len(part), -1))
                 # the plain prompt counts as much as all texts in front of it together
                 mean = (keys[:, 0] + keys[:, 1:].mean(1)) / 2
-                shares = self.shares(mean.T, keys[:, 0].T, statistics[layer.name], earlier[layer.name])
+                before = earlier.setdefault(layer.name, [])
+                shares = self.shares(mean.T, keys[:, 0].T, statistics[layer.name], before)
                 delta = (missing.double() / (len(layers) - number)).T @ shares.T
                 with torch.no_grad():
                     layer.matrix.add_(delta.to(layer.matrix))
-                earlier[layer.name].append(mean.T)
+                before.append(mean.T)
         return steps, losses
 
     def search(

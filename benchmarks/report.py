@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cumulative_report
 import effectiveness
 import paper_figures
 import side_effects
@@ -87,6 +88,18 @@ def _speed(state: State, pictures: Pictures) -> str:
     return "\n\n".join([*drawn, speed_report.report(state)])
 
 
+def _cumulative(state: State, pictures: Pictures) -> str:
+    parts = []
+    for name, records in cumulative_report.lines(state):
+        drawn = pictures(
+            f"cumulative-{name}",
+            f"What is solved, and what it costs, by rows repaired: {name}",
+            lambda path, name=name, records=records: cumulative_report.plot(name, records, path),
+        )
+        parts.append(f"#### {name}\n\n{cumulative_report.table(name, records)}\n\n{drawn}")
+    return "\n\n".join(parts)
+
+
 @dataclass(frozen=True)
 class Section:
     """One benchmark's part of the page.
@@ -94,13 +107,13 @@ class Section:
     Attributes:
         title: Its heading.
         render: From a state and [`Pictures`] to Markdown.
-        options: From a state to options of the command that its setting does not hold.
+        options: From a state to options of the command that its setting does not hold; several: of as many commands.
         published: The paper's tables, with their headings.
     """
 
     title: str
     render: Callable[[State, Pictures], str]
-    options: Callable[[State], dict[str, Any]] = lambda state: {}
+    options: Callable[[State], dict[str, Any] | list[dict[str, Any]]] = lambda state: {}
     published: tuple[tuple[str, Callable[[], str]], ...] = ()
 
 
@@ -124,6 +137,23 @@ def _speed_options(state: State) -> dict[str, Any]:
     return {"methods": list(state["methods"]), **options, **settings}
 
 
+def _cumulative_options(state: State) -> list[dict[str, Any]]:
+    """A command for each subject: they are of other methods and numbers of rows."""
+    commands = []
+    for name, records in cumulative_report.lines(state):
+        once = [record["rows"] for record in records if record["way"] == cumulative_report.AT_ONCE]
+        steps = sorted({record["step"] for record in records if "step" in record})
+        # an option that is no option of this subject is left out
+        of_facts = {"facts": "facts.jsonl", "data": None, "demonstrations": None, "unseen": None}
+        options = of_facts if name == cumulative_report.FACTS else {"tasks": [name]}
+        options |= {
+            "methods": list(dict.fromkeys(record["method"] for record in records)),
+            "counts": sorted({*once, max(record["rows"] for record in records)}),
+        }
+        commands += [{**options, "step": step} for step in steps or [0]]
+    return commands
+
+
 SECTIONS: dict[str, Section] = {
     "effectiveness": Section(
         "Effectiveness and efficiency (RQ1)",
@@ -143,6 +173,7 @@ SECTIONS: dict[str, Section] = {
         (("Table 5: side effects", paper_figures.side_effects_table),),
     ),
     "trajectory": Section("Paths over the loss surface (paper Figure 3)", _trajectory),
+    "cumulative": Section("What one patch can hold", _cumulative, _cumulative_options),
 }
 
 
@@ -164,10 +195,16 @@ def read(path: Path) -> tuple[str, State]:
     return kind, state
 
 
-def command(kind: str, state: State) -> str:
-    """The command that measures the same again; the model and the data are the reader's."""
-    words = ["python", f"benchmarks/{kind}.py", "--model", "MODEL", "--data", "DIR"]
-    options = {**state["setting"], **SECTIONS[kind].options(state)}
+def commands(kind: str, state: State) -> str:
+    """The commands that measure the same again, one a line; the model and the data are the reader's."""
+    options = SECTIONS[kind].options(state)
+    found = options if isinstance(options, list) else [options]
+    return "\n".join(_command(kind, {"data": "DIR", **state["setting"], **item}) for item in found)
+
+
+def _command(kind: str, options: dict[str, Any]) -> str:
+    words = ["python", f"benchmarks/{kind}.py", "--model", "MODEL"]
+    words += ["--data", "DIR"] if options["data"] is not None else []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if name in ("model", "data") or value is None or value is True or isinstance(value, dict):
@@ -229,7 +266,7 @@ def build(files: list[Path], page: Path, names: dict[str, str]) -> str:
         for kind, section in SECTIONS.items():
             if kind in found:
                 state = found[kind]
-                shown = f"{NOT_RUN}\n```bash\n{command(kind, state)}\n```"
+                shown = f"{NOT_RUN}\n```bash\n{commands(kind, state)}\n```"
                 parts += [f"### {section.title}", conditions(state), shown]
                 parts.append(section.render(state, pictures))
     parts += [

@@ -17,7 +17,7 @@ from peft_star.cli import evaluate as cli_evaluate
 from peft_star.cli import main
 from peft_star.cli.app import app
 from peft_star.cli.spread import SpreadCommand
-from peft_star.evaluation import TextProbe, compare, evaluate
+from peft_star.evaluation import OwnTextsProbe, TextProbe, compare, evaluate
 from peft_star.loading import load_patch
 from support.byte_llama import build_model, build_tokenizer
 from support.command_line import SOLVABLE, Run
@@ -121,6 +121,39 @@ def test_patches_are_stacked(run, tiny_dir, data, patches):
     assert abs(result["perplexity"] - one.perplexity) > 1e-3 * one.perplexity
 
 
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("a b", "xyz", "q", "w = ")) + "\n")
+    return path
+
+
+def test_own_texts_to_given_prompts(run, tiny_dir, data, patches, prompts):
+    code, out, err = run(tiny_dir, data, "--adapter", *patches, "--prompts", prompts, "--json")
+    assert (code, err) == (0, "")
+    package, given = json.loads(out)["own_texts"]
+    # the tiny model was never trained, so it says nothing of its own to the package's prompts
+    assert (package["prompts"], package["texts"], given["prompts"]) == (None, 0, str(prompts))
+    base = build_model()
+    probe = OwnTextsProbe(base, build_tokenizer(), ["a b", "xyz", "q", "w = "])
+    both = load_patch(load_patch(base, patches[0], "a"), patches[1], "b")
+    both.base_model.set_adapter(["a", "b"])
+    expected = probe(both).to_dict()
+    assert {key: given[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    assert given["unchanged"] < given["texts"] == 4
+
+
+def test_own_texts_are_told_in_the_table(run, tiny_dir, data, patches, prompts):
+    code, _, err = run(tiny_dir, data, "--adapter", patches[0], "--prompts", prompts, "--no-generation")
+    assert code == 0 and "prompts.jsonl" in err and "first words" in err and " of 4 (" in err
+    assert "no texts of its own" not in err  # the package's prompts are not asked, as they would be generated to
+    code, _, err = run(tiny_dir, data, "--adapter", patches[0], "--no-generation", "--own-texts")
+    assert code == 0 and "The model has no texts of its own to the package's prompts, so none could change." in err
+    for quiet in (["--no-generation"], ["--no-own-texts"]):
+        code, out, _ = run(tiny_dir, data, "--adapter", patches[0], *quiet, "--json")
+        assert code == 0 and json.loads(out)["own_texts"] == []
+
+
 # the forms of the line
 
 
@@ -136,6 +169,7 @@ def test_patches_are_stacked(run, tiny_dir, data, patches):
         ("M D --json OUT --no-generation", "M D --output OUT --no-generation"),
         ("M D --adapter P", "M D --adapter P"),
         ("M D --adapter P Q --text A B C", "M D --adapter P --adapter Q --text A --text B --text C"),
+        ("M D --adapter P --prompts A B", "M D --adapter P --prompts A --prompts B"),
         ("--adapter P Q M D", "--adapter P --adapter Q M D"),
         ("--adapter P M D", "--adapter P M D"),
         ("--adapter=P M D", "--adapter=P M D"),
@@ -219,6 +253,18 @@ def text_alone(tmp_path: Path) -> list:
     return ["--text", tmp_path / "data.jsonl"]
 
 
+def own_texts_alone(tmp_path: Path) -> list:
+    return ["--own-texts"]
+
+
+def prompts_alone(tmp_path: Path) -> list:
+    return ["--prompts", tmp_path / "data.jsonl"]
+
+
+def no_prompts(tmp_path: Path) -> list:
+    return ["--adapter", tmp_path, "--prompts", tmp_path / "nothing.jsonl"]
+
+
 def no_text(tmp_path: Path) -> list:
     return ["--adapter", tmp_path, "--text", tmp_path / "nothing.txt"]
 
@@ -256,6 +302,9 @@ def dtype(tmp_path: Path) -> list:
         (misfit, "does not fit this model"),
         (missing, "There is no patch at"),
         (text_alone, "--text measures the harm that patches do"),
+        (own_texts_alone, "--own-texts measures the harm that patches do"),
+        (prompts_alone, "--prompts measures the harm that patches do"),
+        (no_prompts, "nothing.jsonl is not a file"),
         (no_text, "nothing.txt cannot be read: No such file"),
         (binary_text, "binary.txt is not UTF-8 text"),
         (output_is_input, "is the input"),

@@ -12,7 +12,17 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from ..evaluation import Comparison, Evaluation, Harm, TextProbe, compare, write_json
+from ..evaluation import (
+    Comparison,
+    Evaluation,
+    Harm,
+    OwnTextsProbe,
+    TextProbe,
+    TextsHarm,
+    compare,
+    read_prompts,
+    write_json,
+)
 from ..evaluation import evaluate as run_evaluation
 from ..failures import read_rows
 from ..loading import REPORT_NAME, load_patch
@@ -62,6 +72,22 @@ def evaluate(
         typer.Option("--text", metavar="FILE ...", help="Text, prose or code, to measure the patches' harm on."),
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each --text that are read.")] = 256,
+    own_texts: Annotated[
+        bool | None,
+        typer.Option(
+            "--own-texts/--no-own-texts",
+            help=(
+                "Measure how many texts that MODEL says by itself come out unchanged, to prompts that come with the "
+                "package. By default unless --no-generation."
+            ),
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompts", metavar="FILE ...", help='The same of your own prompts, one {"prompt": ...} a line.'
+        ),
+    ] = None,
     no_generation: Annotated[
         bool, typer.Option("--no-generation", help="Score teacher-forced predictions only, which is much faster.")
     ] = False,
@@ -80,13 +106,17 @@ def evaluate(
 
     `--json` prints one JSON document on standard output; `--json OUT.json` writes it to a file instead, as `-o` does.
     """
-    texts = text or []
+    texts, asked = text or [], prompts or []
     rows = read_rows(data)
-    if texts and not adapter:
-        raise ValueError("--text measures the harm that patches do; give --adapter, too.")
+    for option, given in (("--text", texts), ("--prompts", asked), ("--own-texts", own_texts)):
+        if given and not adapter:
+            raise ValueError(f"{option} measures the harm that patches do; give --adapter, too.")
+    sources: list[tuple[Path | None, Any]] = [(path, read_prompts(path)) for path in asked]
+    if own_texts or own_texts is None and not no_generation:
+        sources.insert(0, (None, None))
     contents = [_read_text(path) for path in texts]
     if output is not None:
-        _check_output_file(output, (data, *texts, model))
+        _check_output_file(output, (data, *texts, *asked, model))
     patches = find_patches(adapter or [], revision=patch_revision, token=token)
 
     base, tokenizer = load_base(model, as_json, dtype=dtype, device_map=device_map, revision=revision, token=token)
@@ -103,19 +133,27 @@ def evaluate(
         "base": None,
         "patched": None,
         "comparison": None,
+        "own_texts": None,
         "texts": None,
         "interrupted": False,
     }
-    before = after = comparison = harms = None
+    before = after = comparison = harms = owns = None
     try:
+        if patches:
+            probes = [TextProbe(base, tokenizer, content, text_tokens) for content in contents]
+            voices = _voices(base, tokenizer, [found for _, found in sources], as_json)
         before = run("base", base)
         result["base"] = before.to_dict()
         if patches:
-            probes = [TextProbe(base, tokenizer, content, text_tokens) for content in contents]
             patched = _put_on(base, patches, as_json)
             after = run("patched", patched)
             comparison = compare(before, after)
             result |= {"patched": after.to_dict(), "comparison": comparison.to_dict()}
+            owns = [probe(patched) for probe in voices]
+            result["own_texts"] = [
+                {"prompts": None if path is None else str(path), **item.to_dict()}
+                for (path, _), item in zip(sources, owns)
+            ]
             harms = [probe(patched) for probe in probes]
             result["texts"] = [{"text": str(path), **item.to_dict()} for path, item in zip(texts, harms)]
     except KeyboardInterrupt:
@@ -123,7 +161,9 @@ def evaluate(
             raise
         result["interrupted"] = True
     if not as_json:
-        _print(before, after, comparison, list(zip(texts, harms or [])))
+        _print(before, after, comparison)
+        _print_own_texts([(path, item) for (path, _), item in zip(sources, owns or [])])
+        _print_texts(list(zip(texts, harms or [])))
     if output is not None:
         write_json(output.expanduser(), result)
         if not as_json:
@@ -134,6 +174,14 @@ def evaluate(
             "Interrupted; " + ("the base model alone was evaluated." if after is None else "no harm was measured."),
             EXIT_INTERRUPTED,
         )
+
+
+def _voices(base: Any, tokenizer: Any, prompts: list[Any], as_json: bool) -> list[OwnTextsProbe]:
+    """What the base says by itself to each set of prompts, None being the package's."""
+    if not prompts:
+        return []
+    with status("Generating the model's own texts", as_json), quiet():
+        return [OwnTextsProbe(base, tokenizer, found) for found in prompts]
 
 
 def _read_text(path: Path) -> str:
@@ -205,9 +253,7 @@ def _bar(name: str, total: int, as_json: bool) -> Iterator[Callable[[int], None]
         yield lambda count: progress.advance(task, count)
 
 
-def _print(
-    before: Evaluation, after: Evaluation | None, comparison: Comparison | None, harms: list[tuple[Path, Harm]]
-) -> None:
+def _print(before: Evaluation, after: Evaluation | None, comparison: Comparison | None) -> None:
     console = stderr_console()
     console.print(f"{len(before.rows)} rows, {before.tokens} completion tokens")
     table = Table("", "base", *(("patched", "difference") if after else ()), box=None, pad_edge=False)
@@ -243,14 +289,39 @@ def _print(
             fixed, broken = len(comparison.generations_fixed), len(comparison.generations_broken)
             table.add_row("generations fixed, broken", f"{fixed}, {broken}")
         console.print(table)
-    if harms:
-        table = Table("text", "tokens", "KL", "perplexity", "right tokens broken", box=None, pad_edge=False)
-        for path, item in harms:
+
+
+def _print_own_texts(harms: list[tuple[Path | None, TextsHarm]]) -> None:
+    """What stays of the texts that the model says by itself, by whose prompts they answer."""
+    console = stderr_console()
+    table = Table("own texts", "unchanged", "first words", "tokens changed", "KL", box=None, pad_edge=False)
+    for path, item in harms:
+        if item.texts:
             table.add_row(
-                escape(path.name),
-                str(item.tokens),
+                "package's prompts" if path is None else escape(path.name),
+                f"{item.unchanged} of {item.texts} ({item.unchanged_share:.2%})",
+                f"{item.first_words} of {item.texts}",
+                f"{item.changed} of {item.tokens} ({item.changed / item.tokens:.2%})",
                 f"{item.kl:.4g}",
-                f"{item.perplexity_before:.4g} -> {item.perplexity_after:.4g} (x{item.perplexity_ratio:.3f})",
-                f"{item.broken} of {item.right_before} ({item.broken_share:.2%})",
             )
+        else:
+            source = "the package's prompts" if path is None else escape(path.name)
+            console.print(f"The model has no texts of its own to {source}, so none could change.", soft_wrap=True)
+    if table.row_count:
         console.print(table)
+
+
+def _print_texts(harms: list[tuple[Path, Harm]]) -> None:
+    """The harm to other text."""
+    if not harms:
+        return
+    table = Table("text", "tokens", "KL", "perplexity", "right tokens broken", box=None, pad_edge=False)
+    for path, item in harms:
+        table.add_row(
+            escape(path.name),
+            str(item.tokens),
+            f"{item.kl:.4g}",
+            f"{item.perplexity_before:.4g} -> {item.perplexity_after:.4g} (x{item.perplexity_ratio:.3f})",
+            f"{item.broken} of {item.right_before} ({item.broken_share:.2%})",
+        )
+    stderr_console().print(table)

@@ -6,11 +6,11 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-SEVERAL = ("--adapter", "--text")
+SEVERAL = ("--adapter", "--text", "--prompts")
 
 
 class SpreadCommand(TyperCommand):
-    """Lets `--json` name a file, and `--adapter` and `--text` several things at once.
+    """Lets `--json` name a file, and `--adapter`, `--text` and `--prompts` several things at once.
 
     MODEL and DATA are the only other words on the line, so words beyond those two belong to the option that they
     follow.

@@ -2,12 +2,13 @@
 
 [`evaluate`] has the metrics of RQ1, on teacher-forced predictions and on greedy generation, and [`compare`] what
 changed between two of them; [`side_by_side`] shows what is generated with a patch and without it. [`gaps`] and
-[`side_effects`] have RQ3: generalization and specificity. [`TextProbe`] goes beyond the paper: it measures harm on
-text that has nothing to do with a repair.
+[`side_effects`] have RQ3: generalization and specificity. [`TextProbe`] and [`OwnTextsProbe`] go beyond the
+paper: they measure harm on text that has nothing to do with a repair, and on what the model says by itself.
 """
 
 from ..files import write_json
 from .harm import Harm, TextProbe, harm
+from .own_texts import OwnTextsProbe, TextsHarm
 from .scores import Comparison, Evaluation, RowEvaluation, compare, evaluate
 from .side_by_side import Pair, SideBySide, read_prompts, side_by_side
 from .side_effects import Gaps, SideEffects, gaps, side_effects
@@ -19,12 +20,14 @@ __all__ = [
     "Gaps",
     "Harm",
     "MeanScores",
+    "OwnTextsProbe",
     "Pair",
     "RowEvaluation",
     "SideBySide",
     "SideEffects",
     "TextProbe",
     "TextScores",
+    "TextsHarm",
     "compare",
     "evaluate",
     "gaps",

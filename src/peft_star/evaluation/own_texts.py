@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..engine.batch import Batch
 from ..engine.engine import Engine
-from ..engine.passes import completion_logits
+from ..engine.own_texts import TOKENS, own_texts
+from ..engine.passes import completion_logits, generate
+from ..models.inputs import context_length, evaluating
+from .side_by_side import encode_prompts
 
 # words after each token whose probabilities are kept of the unpatched model
 KEPT = 64
@@ -51,6 +55,65 @@ class TextsHarm:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
         return {**asdict(self), "changed_share": self.changed_share}
+
+    def to_markdown(self) -> str:
+        """The harm as a Markdown table, or a sentence where there are no texts."""
+        if not self.texts:
+            return "The model has no texts of its own that a patch could change.\n"
+        lines = [
+            "| | |",
+            "| --- | --- |",
+            f"| own texts unchanged | {self.unchanged} / {self.texts} ({self.unchanged_share:.2%}) |",
+            f"| first words unchanged | {self.first_words} / {self.texts} ({self.first_words / self.texts:.2%}) |",
+            f"| tokens changed | {self.changed} / {self.tokens} ({self.changed / self.tokens:.2%}) |",
+            f"| KL, nats a token | {self.kl:.4g} |",
+        ]
+        return "\n".join([*lines, ""])
+
+
+class OwnTextsProbe:
+    """What the unpatched model says by itself; call it with a patched model for [`TextsHarm`].
+
+    A model that was never trained has no texts of its own: there are none then, and nothing is measured.
+
+    Args:
+        model: The unpatched model, or a model with its adapters disabled.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or lists of chat messages, that the model is to go on from. None: those of the package's own
+            that no repair is solved by, so that it is measured what others' texts would show.
+        max_new_tokens: The most tokens that the model says to each of the given prompts.
+        max_batch_tokens: Tokens of one batch, padding included.
+        progress: Called with the number of texts generated.
+
+    Raises:
+        TypeError, ValueError: A prompt is neither text nor messages, is empty, or is too long for the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Iterable[str | Sequence[dict[str, str]]] | None = None,
+        *,
+        max_new_tokens: int = TOKENS,
+        max_batch_tokens: int = 2048,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.max_batch_tokens = max_batch_tokens
+        engine = Engine(model, max_batch_tokens)
+        with evaluating(model):
+            if prompts is None:
+                texts = own_texts(engine, tokenizer, progress).measured
+            else:
+                rows = encode_prompts(prompts, tokenizer, max_new_tokens, context_length(model))
+                said = generate(engine, tokenizer, rows, progress)
+                texts = [replace(row, completion_ids=ids) for row, ids in zip(rows, said) if ids]
+            self.heard = hear(engine, engine.batches(texts)) if texts else {}
+
+    def __call__(self, model: nn.Module) -> TextsHarm:
+        """What the patch of `model` does to the texts."""
+        with evaluating(model):
+            return texts_harm(Engine(model, self.max_batch_tokens), self.heard)
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,7 @@ def side_by_side(
         raise TypeError(f"{type(model).__name__} has no patch to compare with; put one on it with load_patch.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token has to be generated.")
-    rows = [_encode(index, prompt, tokenizer, max_new_tokens) for index, prompt in enumerate(prompts)]
-    _check_room(rows, context_length(model))
+    rows = encode_prompts(prompts, tokenizer, max_new_tokens, context_length(model))
     engine = Engine(model, max_batch_tokens)
     with evaluating(model):
         with model.disable_adapter():
@@ -131,6 +130,25 @@ def read_prompts(path: str | Path) -> list[str | list[dict[str, str]]]:
     return prompts
 
 
+def encode_prompts(
+    prompts: Iterable[str | Sequence[dict[str, str]]], tokenizer: Any, new_tokens: int, limit: int | None
+) -> list[Row]:
+    """Rows that generation reads.
+
+    Args:
+        prompts: Texts, or lists of chat messages.
+        tokenizer: The model's tokenizer.
+        new_tokens: The most tokens that are to be generated behind a prompt.
+        limit: The model's context, None where it is not known.
+
+    Raises:
+        TypeError, ValueError: A prompt is none, or too long; or there is none.
+    """
+    rows = [_encode(index, prompt, tokenizer, new_tokens) for index, prompt in enumerate(prompts)]
+    _check_room(rows, limit)
+    return rows
+
+
 def _check(prompt: Any, where: str) -> None:
     """Refuse what is neither text nor a list of chat messages."""
     if isinstance(prompt, str):
@@ -170,7 +188,7 @@ def _encode(index: int, prompt: Any, tokenizer: Any, new_tokens: int) -> Row:
 
 def _check_room(rows: Sequence[Row], limit: int | None) -> None:
     if not rows:
-        raise ValueError("There is no prompt to compare on; give at least one.")
+        raise ValueError("There is no prompt; give at least one.")
     long = next((row for row in rows if limit is not None and len(row) > limit), None)
     if long is not None:
         raise ValueError(
