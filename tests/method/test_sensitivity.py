@@ -7,7 +7,7 @@ from peft_star.engine.engine import Engine
 from peft_star.engine.recording import head_reads, recording
 from peft_star.failures import encode_rows
 from peft_star.method import sensitivity
-from peft_star.method.sensitivity import FLOOR, natural_targets, read_own_texts
+from peft_star.method.sensitivity import FLOOR, damped, natural_targets, read_own_texts, read_states
 from peft_star.models.structure import find_second_matrices
 from support.byte_llama import build_model, build_tokenizer
 
@@ -108,3 +108,19 @@ def test_targets_lower_the_loss_most_for_what_they_change():
 def test_targets_of_a_model_that_depends_on_nothing_are_finite():
     targets = natural_targets(torch.randn(2, 4), torch.zeros(4, 4), torch.ones(2))
     assert targets.isfinite().all()
+
+
+def test_of_states_it_is_that_of_an_output_that_is_added_to_them(model, rows, monkeypatch):
+    """A Llama layer adds its FFN's output to the state that leaves it, so the derivatives are the same."""
+    layer, ffn = "model.layers.1", "model.layers.1.mlp.down_proj"
+    outputs = read_own_texts(Engine(model), rows, {ffn: model.get_submodule(ffn)}).fisher[ffn]
+    states = read_states(Engine(model), rows, layer, ffn)
+    assert torch.allclose(states, outputs, rtol=1e-4, atol=1e-4 * outputs.abs().max().item())
+    again = build_model().eval().requires_grad_(False)
+    monkeypatch.setattr(sensitivity, "_sampled_gradients", lambda *_: pytest.fail("differentiated again"))
+    assert torch.equal(read_states(Engine(again), rows, layer, ffn), states)
+
+
+def test_the_damped_information_is_definite_where_nothing_was_read():
+    factor = damped(torch.zeros(3, 3), torch.device("cpu"))
+    assert factor.isfinite().all() and (factor.diagonal() > 0).all()

@@ -23,10 +23,10 @@ def sites():
     return found
 
 
-def find(sites, max_tokens=1000):
+def find(sites, max_tokens=1000, fisher=None):
     model = decided().requires_grad_(False)
     before = hooks(model)
-    found = find_targets(model, NAMES[0], NAMES[1], sites, max_tokens)
+    found = find_targets(model, NAMES[0], NAMES[1], sites, max_tokens, fisher=fisher)
     assert hooks(model) == before
     return model, found
 
@@ -119,3 +119,24 @@ def test_sites_that_are_done_are_dropped_and_the_others_go_on(sites, monkeypatch
     _, found = find(sites)
     assert built == [[0, 1], [0]]
     torch.testing.assert_close(found[0], alone, rtol=1e-3, atol=1e-5)
+
+
+def test_with_information_of_what_the_model_says_a_target_moves_less_of_that(sites):
+    model, plain = find(sites)
+    width = model.config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    fisher = basis[:, : width // 4] @ basis[:, : width // 4].T
+    _, found = find(sites, fisher=fisher)
+    for site, delta, before in zip(sites, found, plain):
+        row, places = site.rows[0], site.positions[0]
+        untouched = entropy(model, row, places, torch.zeros_like(delta))[0]
+        assert entropy(model, row, places, delta)[0] < untouched - 0.1
+        shares = [
+            ((one.double() @ fisher) * one.double()).sum() / one.double().square().sum() for one in (delta, before)
+        ]
+        assert shares[0] < 0.5 * shares[1]
+    # information that tells no direction from another changes nothing
+    _, same = find(sites, fisher=torch.eye(width))
+    for delta, before in zip(same, plain):
+        assert torch.allclose(delta, before, rtol=1e-3, atol=1e-5)

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from ..engine.batch import Batch, completion_offsets, make_batches
 from ..engine.distributed import ALONE
@@ -30,6 +32,7 @@ from .best import keeping_best
 from .history import earlier_keys
 from .namesakes import namesakes
 from .objective import Goal
+from .sensitivity import read_states
 from .subject import HeldLayer, Run
 from .targets import Site, find_targets
 
@@ -52,6 +55,8 @@ NEURONS, NEURONS_PER_SITE = 4, 32
 ROUNDS, MORE = 3, 1.4
 # weight of the mean over the background beside one site's neurons: MEMIT's
 WEIGHT = 100.0
+
+_OWN: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def patch(
         reader = _Reader(run, band)
         above = layers_of_model[layers_of_model.index(reader.top) + 1]
         sites = [one.searched for one in named]
-        found = find_targets(reader.model, reader.top, above, sites, run.args.max_batch_tokens, run.journal.advance)
+        tokens, fisher = run.args.max_batch_tokens, reader.fisher()
+        found = find_targets(reader.model, reader.top, above, sites, tokens, run.journal.advance, fisher)
         protection = reader.protection(named, retained)
         unpatched = reader.at_sites(named)
         layers = run.subject.hold(reader.locate(unpatched[0], protection))
@@ -237,13 +243,38 @@ class _Reader:
         half = torch.tensor([0.5, *[0.5 / (count - 1)] * (count - 1)])
         return {name: mean(values, half) for name, values in v.items()}, mean(states, torch.full((count,), 1 / count))
 
+    def fisher(self) -> torch.Tensor | None:
+        """The Fisher information (d, d) of the states that leave the band, on what the model says by itself; None
+        where it says nothing, or nothing is to be protected."""
+        texts = self._own_texts()
+        if not texts:
+            return None
+        alone = replace(self.run.engine, team=ALONE)
+        with self.run.subject.unpatched():
+            return read_states(alone, texts, self.top, list(self.ffns)[-1], self.run.journal.advance)
+
+    def _own_texts(self) -> Sequence[Row]:
+        return self.run.own_texts().protected if self.run.args.background else ()
+
+    def _shown_by_own_texts(self) -> dict[str, torch.Tensor]:
+        """Per FFN v (N, m) in the model's own texts, read once for each model."""
+        known = _OWN.setdefault(self.model, {})
+        if texts := [row.input_ids for row in self._own_texts()]:
+            if not self.ffns.keys() <= known.keys():
+                known.update({name: torch.cat(values) for name, values in self.read(texts)[0].items()})
+            return {name: known[name] for name in self.ffns}
+        return {}
+
     def protection(self, named: Sequence[Named], retained: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Per FFN a matrix A (N, m) with C = AᵀA: the second moments on background text, on the retained rows and,
-        unless nothing is to be protected, on what stands beside the focus and on other names in its place."""
+        """Per FFN a matrix A (N, m) with C = AᵀA: the second moments on background text, on the model's own texts, on
+        the retained rows and, unless nothing is to be protected, on what stands beside the focus and on other names in
+        its place."""
         args, tokenizer = self.run.args, self.run.subject.tokenizer
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.ffns}
 
         def protect(texts: Sequence[tuple[int, ...]], places: Sequence[Sequence[int]]) -> None:
+            if not texts:
+                return
             for name, values in self.read(texts)[0].items():
                 read = torch.cat([value[list(place)] for value, place in zip(values, places)])
                 parts[name].append(read / max(1, len(read)) ** 0.5)
@@ -253,15 +284,15 @@ class _Reader:
             shown = background_activations(alone, tokenizer, self.ffns, args.background)
             for name, values in shown.items():
                 parts[name].append(values / len(values) ** 0.5)
+            for name, values in self._shown_by_own_texts().items():
+                parts[name].append(values / len(values) ** 0.5)
             sites = [site for one in named for site in zip(one.searched.rows, one.searched.positions)]
             texts = [row.input_ids[:-1] for row, _ in sites]
             protect(texts, [sorted({*range(len(ids))} - {*focus}) for ids, (_, focus) in zip(texts, sites)])
             others = list(namesakes([one.row for one in named], tokenizer))
-            if others:
-                protect(others, [(len(ids) - 1,) for ids in others])
-        if retained:
-            texts = [row.input_ids for row in retained]
-            protect(texts, [range(len(ids)) for ids in texts])
+            protect(others, [(len(ids) - 1,) for ids in others])
+        texts = [row.input_ids for row in retained]
+        protect(texts, [range(len(ids)) for ids in texts])
         for name, keys in earlier_keys(self.run).items():
             for ours in (ours for ours in parts if plain_name(ours) == name):
                 parts[ours].append(keys.to(input_device(self.model)) / max(1, len(keys)) ** 0.5)

@@ -1,4 +1,4 @@
-"""What a model's own words depend on: the Fisher information of the FFNs' outputs, on texts that it says by itself.
+"""What a model's own words depend on: the Fisher information of what its layers say, on texts that it says by itself.
 
 To second order, adding δ to an FFN's output o at a token changes what the model says from there on by a divergence of
 ½ δᵀ F δ, with F = E[g gᵀ], g = ∂ log p(y)/∂o and y drawn from the model (Amari 1998; as one factor of a Kronecker
@@ -8,7 +8,7 @@ product, Martens and Grosse 2015). Nothing of it is the paper's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..cache import TENSORS, kept
+from ..engine.batch import Batch
 from ..engine.engine import Engine
-from ..engine.recording import head_reads, recording
+from ..engine.recording import Recording, head_reads, recording
 from ..failures import Row
 from ..models.fingerprint import UNKNOWN, fingerprint
 
@@ -44,6 +45,7 @@ class OwnReading:
 
 
 _CACHE: WeakKeyDictionary[nn.Module, OwnReading] = WeakKeyDictionary()
+_STATES: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
 def read_own_texts(
@@ -67,7 +69,7 @@ def read_own_texts(
             return found.fisher
 
         team = engine.team
-        asked = _asked(engine.model, rows, ffns)
+        asked = _asked(engine.model, rows, sorted(ffns))
         whole = partial(_whole, names=ffns.keys())
         fisher = kept("sensitivity", asked, differentiate, TENSORS, whole, gather=team.gather, writes=team.rank == 0)
         if found is None:
@@ -75,6 +77,45 @@ def read_own_texts(
         known.activations |= found.activations
         known.fisher |= {name: values.double() for name, values in fisher.items()}
     return known
+
+
+def read_states(
+    engine: Engine, rows: Sequence[Row], layer: str, ffn: str, progress: Callable[[int], None] | None = None
+) -> torch.Tensor:
+    """The Fisher information (d, d), float64, of the hidden states that leave a decoder layer; read once for each
+    model.
+
+    Args:
+        engine: Its model's parameters need no gradient; its processes share the texts.
+        rows: Texts that the model says by itself.
+        layer: The decoder layer's name.
+        ffn: The name of the second matrix of its FFN.
+        progress: Called with the number of texts read.
+    """
+    known = _STATES.setdefault(engine.model, {})
+    if layer not in known:
+        ffns, layers = {ffn: engine.model.get_submodule(ffn)}, {layer: engine.model.get_submodule(layer)}
+
+        def differentiate() -> dict[str, torch.Tensor]:
+            sums: dict[str, torch.Tensor] = {}
+            for number, batch, seen, logits in _passes(engine, rows, ffns, layers, True, progress):
+                _add(sums, layers, batch, _sampled_gradients(logits, number, [seen.h_out[layer]]))
+            return _fisher(engine, rows, layers, sums)
+
+        team = engine.team
+        asked = _asked(engine.model, rows, [layer])
+        whole = partial(_whole, names=[layer])
+        fisher = kept("sensitivity", asked, differentiate, TENSORS, whole, gather=team.gather, writes=team.rank == 0)
+        known[layer] = fisher[layer].double()
+    return known[layer]
+
+
+def damped(fisher: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Lower Cholesky factor (d, d), float64, of F + ε I."""
+    values = fisher.to(device, torch.float64, copy=True)
+    mean = values.diagonal().mean()
+    values.diagonal().add_(mean.clamp(min=torch.finfo(torch.float32).tiny) * FLOOR)
+    return torch.linalg.cholesky(values)
 
 
 def natural_targets(gradients: torch.Tensor, fisher: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -90,10 +131,7 @@ def natural_targets(gradients: torch.Tensor, fisher: torch.Tensor, sizes: torch.
     Returns:
         `torch.Tensor`: The targets T, float64, shape (n, d).
     """
-    damped = fisher.to(gradients.device, torch.float64, copy=True)
-    mean = damped.diagonal().mean()
-    damped.diagonal().add_(mean.clamp(min=torch.finfo(torch.float32).tiny) * FLOOR)
-    steps = torch.cholesky_solve(gradients.double().T, torch.linalg.cholesky(damped)).T
+    steps = torch.cholesky_solve(gradients.double().T, damped(fisher, gradients.device)).T
     length = steps.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return -sizes.to(steps)[:, None] * steps / length
 
@@ -105,35 +143,60 @@ def _read(
     differentiate: bool,
     progress: Callable[[int], None] | None,
 ) -> OwnReading:
-    small = Engine(engine.model, min(engine.max_batch_tokens, BATCH), engine.team)
-    batches = small.batches(rows)
     activations: dict[str, list[torch.Tensor]] = {name: [] for name in ffns}
     sums: dict[str, torch.Tensor] = {}
-    own = set(map(id, engine.team.share(batches)))
-    for number, batch in enumerate(batches):
-        if id(batch) not in own:
-            continue
-        with recording(ffns, {}) as seen, head_reads(engine.model, batch), torch.set_grad_enabled(differentiate):
-            logits = engine.model(**batch.model_inputs(), use_cache=False).logits[0]
+    for number, batch, seen, logits in _passes(engine, rows, ffns, {}, differentiate, progress):
         for name in ffns:
             v = seen.v[name].detach()
             place = batch.rows.to(v.device), batch.positions.to(v.device)
             activations[name].append(v.reshape(*batch.input_ids.shape, -1)[place])
         if differentiate:
-            for name, gradient in zip(ffns, _sampled_gradients(logits, number, [seen.o[name] for name in ffns])):
-                g = gradient.reshape(-1, gradient.shape[-1])[batch.tokens.flatten().to(gradient.device)].double()
-                sums[name] = sums.get(name, 0) + g.T @ g
-        if progress is not None:
-            progress(len(batch.items))
+            _add(sums, ffns, batch, _sampled_gradients(logits, number, [seen.o[name] for name in ffns]))
     found = OwnReading({name: torch.cat(parts) for name, parts in activations.items() if parts})
     if differentiate:
-        count = max(1, sum(map(len, batches)))
-        width = max(engine.team.gather(next(map(len, sums.values()), 0)))
-        for name in ffns:
-            # as it will be read from disk
-            whole = engine.team.sum(sums.get(name, torch.zeros(width, width, dtype=torch.float64)))
-            found.fisher[name] = (whole / count).float()
+        found.fisher = _fisher(engine, rows, ffns, sums)
     return found
+
+
+def _passes(
+    engine: Engine,
+    rows: Sequence[Row],
+    ffns: dict[str, nn.Module],
+    layers: dict[str, nn.Module],
+    differentiate: bool,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[int, Batch, Recording, torch.Tensor]]:
+    """This process's batches of the texts with their numbers, what a forward held, and the logits (N, V)."""
+    small = Engine(engine.model, min(engine.max_batch_tokens, BATCH), engine.team)
+    batches = small.batches(rows)
+    own = set(map(id, engine.team.share(batches)))
+    for number, batch in enumerate(batches):
+        if id(batch) not in own:
+            continue
+        with recording(ffns, layers) as seen, head_reads(engine.model, batch), torch.set_grad_enabled(differentiate):
+            logits = engine.model(**batch.model_inputs(), use_cache=False).logits[0]
+        yield number, batch, seen, logits
+        if progress is not None:
+            progress(len(batch.items))
+
+
+def _add(
+    sums: dict[str, torch.Tensor], names: Collection[str], batch: Batch, gradients: Sequence[torch.Tensor]
+) -> None:
+    """Add the second moments (d, d) of the gradients (B, T, d) at a batch's tokens."""
+    for name, gradient in zip(names, gradients):
+        g = gradient.reshape(-1, gradient.shape[-1])[batch.tokens.flatten().to(gradient.device)].double()
+        sums[name] = sums.get(name, 0) + g.T @ g
+
+
+def _fisher(
+    engine: Engine, rows: Sequence[Row], names: Collection[str], sums: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The means over the texts' tokens of what all processes have added up, as they will be read from disk."""
+    count = max(1, sum(len(row.completion_ids) for row in rows))
+    width = max(engine.team.gather(next(map(len, sums.values()), 0)))
+    empty = torch.zeros(width, width, dtype=torch.float64)
+    return {name: (engine.team.sum(sums.get(name, empty)) / count).float() for name in names}
 
 
 def _sampled_gradients(logits: torch.Tensor, seed: int, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -143,10 +206,10 @@ def _sampled_gradients(logits: torch.Tensor, seed: int, outputs: Sequence[torch.
     return torch.autograd.grad(-F.cross_entropy(logits.float(), drawn, reduction="sum"), outputs)
 
 
-def _asked(model: nn.Module, rows: Sequence[Row], ffns: dict[str, nn.Module]) -> str | None:
+def _asked(model: nn.Module, rows: Sequence[Row], names: Sequence[str]) -> str | None:
     """All that the words depend on: these weights, in these texts; None where the weights cannot be told."""
     weights = fingerprint(model)
-    return None if weights == UNKNOWN else json.dumps([weights, sorted(ffns), [row.input_ids for row in rows]])
+    return None if weights == UNKNOWN else json.dumps([weights, names, [row.input_ids for row in rows]])
 
 
 def _whole(fisher: dict[str, torch.Tensor], names: Collection[str]) -> bool:

@@ -1,10 +1,11 @@
 """Targets where the semantics of the head do not reach: what a hidden state midway through the model should be.
 
 Equation 1 names the representation that the head should read. Layers further down hand their outputs to layers that
-transform them, so there a target is found through these layers, by a few gradient steps (not in the paper; the loss is
-that of the "v*" of ROME and MEMIT, Meng et al. 2022). Each step goes as far along the gradient as the slope says that
-the cross entropy is gone (Polyak's step), which takes half as many as Adam and ends with a smaller change. A step
-computes only what depends on the target: the layers above, from the site on, and logits where the loss reads them.
+transform them, so there a target is found through these layers, by a few gradient steps (not in the paper; the loss
+is that of the "v*" of ROME and MEMIT, Meng et al. 2022). Each step goes along the natural gradient, which changes
+least of what the model says by itself (`sensitivity.py`), as far as the slope says that the cross entropy is gone
+(Polyak's step); that takes half as many as Adam and ends with a smaller change. A step computes only what depends on
+the target: the layers above, from the site on, and logits where the loss reads them.
 
 What follows the site is blurred, by noise that is drawn anew in each step: the target is to work through what is said
 of the site, not through the words of this one prompt.
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 from ..engine.replay import Replay
 from ..engine.tails import Tails, can_read_tails
 from ..failures import Row
+from ..models.inputs import input_device
+from .sensitivity import damped
 
 # the largest change and the longest step, relative to the hidden states' size, and the weight of the divergence of
 # what is said right behind the site; the first and the last are MEMIT's
@@ -64,6 +67,7 @@ def find_targets(
     sites: Sequence[Site],
     max_tokens: int,
     progress: Callable[[int], None] | None = None,
+    fisher: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """What has to be added to the hidden states that leave the layer `top`, at each site, for its completions.
 
@@ -77,13 +81,15 @@ def find_targets(
         sites: The sites.
         max_tokens: Tokens of one batch.
         progress: Called with the number of sites done.
+        fisher: The Fisher information (d, d) of the hidden states that leave `top`; None: steps go along the gradient.
 
     Returns:
         Per site δ, float32, shape (s, d).
     """
     found: list[torch.Tensor | None] = [None] * len(sites)
+    factor = None if fisher is None else damped(fisher, input_device(model))
     for group in _groups(sites, min(max_tokens, TOGETHER)):
-        for number, delta in zip(group, _search(model, top, above, [sites[number] for number in group])):
+        for number, delta in zip(group, _search(model, top, above, [sites[number] for number in group], factor)):
             found[number] = delta
         if progress is not None:
             progress(len(group))
@@ -204,8 +210,10 @@ class _Change:
         return behind[..., None] * (NOISE * size * noise)
 
 
-def _search(model: nn.Module, top: str, above: str, sites: Sequence[Site]) -> list[torch.Tensor]:
-    """[`find_targets`] of sites that share each forward."""
+def _search(
+    model: nn.Module, top: str, above: str, sites: Sequence[Site], factor: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """[`find_targets`] of sites that share each forward; `factor` is the damped Fisher information's."""
     layer, tails = model.get_submodule(top), can_read_tails(model, above)
     replay = Replay(model, above, check=not tails, caches=tails)
     batch, change = _Batch(model, sites, range(len(sites)), tails), _Change()
@@ -236,10 +244,18 @@ def _search(model: nn.Module, top: str, above: str, sites: Sequence[Site]) -> li
             for number in left:
                 assert change.delta.grad is not None
                 delta, slope = (batch.part(values, number) for values in (change.delta, change.delta.grad))
-                size = slope.norm().clamp(min=torch.finfo(slope.dtype).tiny)
-                delta -= torch.minimum(entropy[number] / size, LONGEST * scales[number]) * slope / size
+                way = slope if factor is None else _natural(slope, factor)
+                tiny = torch.finfo(slope.dtype).tiny
+                fall, size = (slope * way).sum().clamp(min=tiny), way.norm().clamp(min=tiny)
+                delta -= torch.minimum(entropy[number] / fall, LONGEST * scales[number] / size) * way
                 delta.mul_((LARGEST * scales[number] / delta.norm(dim=-1, keepdim=True)).clamp(max=1))
         if len(left) <= (1 - DONE) * len(batch.open):
             kept = torch.isin(batch.owner[~batch.own], torch.tensor(left, device=batch.owner.device))
             batch, before = _Batch(model, sites, left, tails), before[kept]
     return [delta for delta in found if delta is not None]  # the last step leaves none
+
+
+def _natural(slope: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """(F + ε I)⁻¹ g of a site's gradient (s, d), as long as the gradient is."""
+    way = torch.cholesky_solve(slope.to(factor).T, factor).T
+    return (way * (slope.norm() / way.norm().clamp(min=torch.finfo(way.dtype).tiny))).to(slope)
