@@ -45,7 +45,8 @@ def unseen_cells(record: Record) -> list[str]:
     unseen, count = record["unseen"], record["rows"]
     if "rephrased" in unseen:
         return [of(unseen["rephrased"], count), of(unseen["neighbours"], count)]
-    return [f"{share(unseen['right'], unseen['tokens']):.1%}", of(unseen["broken"], unseen["right_before"])]
+    before, now = (share(unseen[name], unseen["tokens"]) for name in ("right_before", "right"))
+    return [f"{before:.1%} -> {now:.1%}", of(unseen["broken"], unseen["right_before"])]
 
 
 def table(name: str, records: Sequence[Record]) -> str:
@@ -85,7 +86,7 @@ def plot(name: str, records: Sequence[Record], path: Path) -> None:
     """What is solved and what it costs by number of rows: at once in solid lines, in succession in dashed ones."""
     methods = list(dict.fromkeys(record["method"] for record in records))
     with drawing() as plt:
-        figure, axes = plt.subplots(1, len(PANELS), figsize=(13.6, 3.6))
+        figure, axes = plt.subplots(1, len(PANELS), figsize=(13.6, 3.8), sharex=True)
         for axis, (title, value, scale) in zip(axes, PANELS):
             for method, look in looks(methods).items():
                 for way in dict.fromkeys(map(way_of, records)):

@@ -243,6 +243,6 @@ def test_what_was_left_out_and_what_broke_is_in_the_table():
     ((name, records),) = lines({"results": {"a": record}})
     line = table(name, records).splitlines()[-1]
     assert line == (
-        "| STAR | in succession by 5 | 10 | 15 / 20 | 1 / 9 | 8 / 10 (2 left out) | 4 / 5 | 50.0% | 3 / 20 | 7 / 10 | "
-        "0.1 | 0.2 | x1.5 | 0.2 | 12 |"
+        "| STAR | in succession by 5 | 10 | 15 / 20 | 1 / 9 | 8 / 10 (2 left out) | 4 / 5 | 40.0% -> 50.0% | 3 / 20 | "
+        "7 / 10 | 0.1 | 0.2 | x1.5 | 0.2 | 12 |"
     )
