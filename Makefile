@@ -51,7 +51,7 @@ test: $(QUANTIZED) ## The tests, without the slow ones
 test-slow: $(QUANTIZED) ## Every test
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
-test-stories: $(QUANTIZED) ## The examples and the documentation's blocks (half an hour)
+test-stories: $(QUANTIZED) ## The examples and the documentation's blocks (a quarter of an hour on one core)
 	$(PYTEST) -m story $(PYTEST_ARGS)
 
 docs: $(SITE) ## The documentation as a site, in site/
