@@ -113,9 +113,11 @@ def find_focus(engine: Engine, tokenizer, row: Row, wrong: int = 0) -> Span | No
     """
     if len(row) > min(LONGEST, (context_length(engine.model) or LONGEST) - WORDS):
         return None
+    words = last_line(prompt_words(row, tokenizer))
+    if not words:
+        return None
     asked = _Asked.of(engine, tokenizer, row, wrong)
-    words = prompt_words(row, tokenizer)
-    if not words or not asked.surprisal:
+    if not asked.surprisal:
         return None
     # substitution decides between spans; it is not to make one of what anybody would have foreseen
     spans = [span for span in _spans(words, asked.surprisal) if span.clear >= CLEAR]
@@ -160,6 +162,14 @@ def prompt_words(row: Row, tokenizer) -> list[Word]:
         groups[-1].append(Word(match.group(), first, last))
     full = [group for group in groups if sum(word.ends for word in group) > 2]
     return (full or groups)[-1]
+
+
+def last_line(words: Sequence[Word]) -> list[Word]:
+    """The words behind the last line's end. In a prompt of several lines, code most of all, what is hard to foresee
+    stands in any of them, and a push there answers to much that is said; so only a sentence that the model is to go on
+    with, or is asked, is searched."""
+    ends = [number for number, word in enumerate(words) if word.text == "\n"]
+    return list(words[ends[-1] + 1 :] if ends else words)
 
 
 def _spans(words: Sequence[Word], surprisal: Sequence[float]) -> Iterator[Span]:
