@@ -272,9 +272,12 @@ def main() -> None:
     retained = read_rows(given.retain) if given.retain else []
     base, tokenizer = load(given)
     served = Served(given, failures + retained, tokenizer)
-    harm = Harm(base, tokenizer)
+    harm, warm = Harm(base, tokenizer), []
 
     def made(name: str) -> dict[str, Any]:
+        if not warm:  # what is found out once for each model is none of the three repairs' cost
+            make_patch(base, tokenizer, failures[:1], [], {"serve": ()}, harm, served.folder / "warm")
+            warm.append(name)
         arguments = {**given.arguments, "serve": SERVE[name]}
         return make_patch(base, tokenizer, failures, retained, arguments, harm, served.patch(name))
 
