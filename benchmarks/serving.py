@@ -260,11 +260,12 @@ def main() -> None:
     options.add_argument("--retain", type=Path, help="JSON Lines of rows to retain")
     options.add_argument("--patches", type=Path, nargs="+", default=[], help="measure these instead of repairing")
     options.add_argument("--engines", type=Path, default=Path(".engines"), help="holds llama.cpp/ and vllm/")
+    options.add_argument("--only", default="", help="lines with this in their names: engine|precision|LoRA or merged")
     options.add_argument("--arguments", type=json.loads, default={}, help="RepairArguments fields as JSON")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", type=Path, required=True, help="results; an existing file is gone on with")
     given = options.parse_args()
-    setting = setting_of(given, "engines") | {"patches": [str(path) for path in given.patches]}
+    setting = setting_of(given, "engines", "only") | {"patches": [str(path) for path in given.patches]}
     state = resume(given.json, setting)
     state["engines"] = versions(given.engines)
     tasks = (few_shot_rows(given.data, task, given.rows) for task in TASKS) if given.data else ()
@@ -272,14 +273,18 @@ def main() -> None:
     retained = read_rows(given.retain) if given.retain else []
     base, tokenizer = load(given)
     served = Served(given, failures + retained, tokenizer)
-    harm = Harm(base, tokenizer)
+    harm, warm = Harm(base, tokenizer), []
 
     def made(name: str) -> dict[str, Any]:
+        if not warm:  # what is found out once for each model is none of the three repairs' cost
+            make_patch(base, tokenizer, failures[:1], [], {"serve": ()}, harm, served.folder / "warm")
+            warm.append(name)
         arguments = {**given.arguments, "serve": SERVE[name]}
         return make_patch(base, tokenizer, failures, retained, arguments, harm, served.patch(name))
 
     units = [(f"repair {name}", partial(made, name)) for name in ([] if given.patches else SERVE)]
-    run_units([*units, *served.lines()], state, given.json, desc="parts")
+    lines = [(name, unit) for name, unit in served.lines() if given.only in name]
+    run_units([*units, *lines], state, given.json, desc="parts")
     print(table(state["results"], failures + retained, len(failures), served.names))
 
 

@@ -17,8 +17,12 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 job = json.load(open(sys.argv[1]))
-lora = {"enable_lora": True, "max_lora_rank": job["rank"]} if job["rank"] else {}
-llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["length"], enforce_eager=True, seed=0, **lora)
+# without their names vLLM holds LoRAs for all matrices, and on a CPU each takes its time
+only = {"lora_target_modules": job["modules"]}
+lora = {"enable_lora": True, "max_lora_rank": job["rank"], **only} if job["rank"] else {}
+# before it starts, vLLM tries how much memory its largest step takes: on a CPU a large one takes minutes
+step = {"max_num_seqs": 8, "max_num_batched_tokens": job["length"]}
+llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["length"], enforce_eager=True, seed=0, **lora, **step)
 said = {}
 for number, (name, path) in enumerate(job["patches"]):
     request = LoRARequest(name, number, path) if path else None
@@ -53,12 +57,14 @@ def says(
     Raises:
         RuntimeError: vLLM ended with an error, whose last lines are the message.
     """
-    ranks = [json.loads((path / "adapter_config.json").read_text())["r"] for path in (loras or {}).values()]
+    configs = [json.loads((path / "adapter_config.json").read_text()) for path in (loras or {}).values()]
+    rank = fitting_rank([config["r"] for config in configs])
+    modules = sorted({name.rpartition(".")[2] for config in configs for name in config["target_modules"]})
     patches = [("alone", None), *((name, str(path.resolve())) for name, path in (loras or {}).items())]
     with tempfile.TemporaryDirectory() as folder:
         script, job, out = (Path(folder) / name for name in ("run.py", "job.json", "said.json"))
         script.write_text(ENGINE)
-        what = {"model": str(model.resolve()), "dtype": dtype, "rank": fitting_rank(ranks), "length": length}
+        what = {"model": str(model.resolve()), "dtype": dtype, "rank": rank, "modules": modules, "length": length}
         job.write_text(json.dumps({**what, "patches": patches, "rows": list(rows), "out": str(out)}))
         run = subprocess.run([python, script, job], cwd=folder, capture_output=True, text=True)
         if run.returncode or not out.is_file():

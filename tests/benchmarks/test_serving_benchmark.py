@@ -40,6 +40,9 @@ def call(monkeypatch, tmp_path, capsys):
 def test_three_repairs_are_served_and_nothing_is_measured_twice(call, monkeypatch, tiny_dir, tmp_path) -> None:
     arguments = '{"learning_rate": 0.05, "max_steps": 200, "reach": "prompt"}'
     words = ["--model", str(tiny_dir), "--engines", str(tmp_path / "none"), "--arguments", arguments]
+    call(*words, "--only", "float32|LoRA")
+    found = json.loads((tmp_path / "serving.json").read_text())
+    assert [name for name in found["results"] if "|" in name] == ["transformers|float32|LoRA"]
     printed = call(*words)
     found = json.loads((tmp_path / "serving.json").read_text())
     assert found["engines"] == {}

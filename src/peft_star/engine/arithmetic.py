@@ -114,9 +114,9 @@ def round_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
     the scale of blocks of `BLOCK` is a float16, that of longer ones a float32."""
     blocks = values.float().unflatten(-1, (-1, size))
     scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
-    whole = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
     kept = scale.half().float() if size == BLOCK else scale
-    return (whole * kept).flatten(-2).to(values.dtype)
+    whole = torch.div(blocks, scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
+    return whole.mul_(kept).flatten(-2).to(values.dtype)
 
 
 def _adapters(model: nn.Module) -> set[nn.Module]:
