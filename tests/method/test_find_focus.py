@@ -7,7 +7,7 @@ from peft_star import RepairArguments, repair
 from peft_star.engine.engine import Engine
 from peft_star.failures import Row, encode_rows
 from peft_star.method import find_focus, focused
-from peft_star.method.find_focus import Span, Word, prompt_words
+from peft_star.method.find_focus import Span, Word, last_line, prompt_words
 from support.modules import hooks
 from support.words import QUICK, RETAIN, ROWS, decided, star, word_tokenizer
 
@@ -70,6 +70,15 @@ def test_spans_stay_in_a_line_and_leave_the_last_word():
     found = {(span.first, span.last): span.clear for span in find_focus._spans(words, [9.0, 1, 8, 4, 1, 3, 9])}
     usual = find_focus.USUAL
     assert found == {(0, 0): 9 - usual, (0, 3): 22 - 3 * usual, (2, 3): 12 - usual, (5, 5): 3 - usual}
+
+
+def test_only_the_last_line_is_searched(tiny_tokenizer, monkeypatch):
+    words = prompt_words(row_of("ab, c\nd e", tiny_tokenizer), tiny_tokenizer)
+    assert [word.text for word in last_line(words)] == ["d", "e"]
+    assert last_line(words[:3]) == words[:3] and last_line([]) == []
+    monkeypatch.setattr(find_focus, "_read", lambda *args: pytest.fail("there is nothing to read"))
+    model = Engine(decided())
+    assert find_focus.find_focus(model, tiny_tokenizer, row_of("# ab cd ef\n", tiny_tokenizer)) is None
 
 
 @pytest.mark.parametrize(

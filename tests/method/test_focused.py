@@ -8,6 +8,7 @@ from peft_star import RepairArguments, RepairCallback, RepairInterrupted, StarCo
 from peft_star.failures import encode_rows
 from peft_star.method import focused, namesakes
 from peft_star.method.background import FLOOR
+from peft_star.method.callbacks import Journal
 from peft_star.method.focused import WEIGHT, shielded
 from support.words import QUICK, RETAIN, ROWS, decided, star, word_tokenizer
 
@@ -155,6 +156,23 @@ def test_what_the_focus_solved_is_counted_once(tokenizer, monkeypatch):
     assert len(heard) > 1 and all(solved <= failures for solved, failures in heard)
 
 
+def test_what_a_push_costs_elsewhere_is_told_of_its_row(tokenizer, monkeypatch):
+    band_of_one(monkeypatch)
+    costs = {}
+    monkeypatch.setattr(focused._Reader, "_fisher", lambda reader: torch.eye(reader.model.config.hidden_size).double())
+    monkeypatch.setattr(Journal, "cost", lambda journal, slot, amount: costs.update({slot: amount}))
+    arguments = RepairArguments(reach="prompt", learning_rate=0.05, **QUICK)
+    report = repair(star(num_layers=1, num_neurons=32), tokenizer, FOCUSED, arguments)
+    assert report.num_solved == len(report.failures)
+    # each row's at its first failing token; the model is not a trained one, so nothing else has a cost
+    firsts, start = [], 0
+    for number, row in enumerate(encode_rows(FOCUSED, tokenizer)):
+        position = next(failure.position for failure in report.failures if failure.row == number)
+        firsts.append(start + position + 1 - len(row.prompt_ids))
+        start += len(row.completion_ids)
+    assert sorted(costs) == firsts and all(amount > 0 for amount in costs.values())
+
+
 def test_a_focus_with_nothing_to_protect(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
     row = {"prompt": "w9", "completion": " w20", "focus": "w9"}
@@ -175,7 +193,7 @@ def test_what_is_still_wanting_is_asked_for_more(tokenizer, monkeypatch):
 
     def watched(self, layers, named, targets, *args):
         asked.append(targets.norm(dim=-1))
-        spread(self, layers, named, targets, *args)
+        return spread(self, layers, named, targets, *args)
 
     monkeypatch.setattr(focused, "find_targets", weak)
     monkeypatch.setattr(focused._Reader, "spread", watched)

@@ -126,6 +126,10 @@ class Journal:
             self.state.seconds[name] = self.state.seconds.get(name, 0.0) + time.perf_counter() - start
             self.call("on_phase_end")
 
+    def cost(self, slot: int, amount: float) -> None:
+        """Add to what the push of a failing token costs."""
+        self.costs[slot] = self.costs.get(slot, 0.0) + amount
+
     def advance(self, amount: int = 1) -> None:
         self.state.done += amount
         self.call("on_progress")

@@ -109,16 +109,16 @@ def patch(
         reader = _Reader(run, band)
         above = layers_of_model[layers_of_model.index(reader.top) + 1]
         sites = [one.searched for one in named]
-        tokens, fisher = run.args.max_batch_tokens, reader.fisher()
-        found = find_targets(reader.model, reader.top, above, sites, tokens, run.journal.advance, fisher)
+        tokens = run.args.max_batch_tokens
+        found = find_targets(reader.model, reader.top, above, sites, tokens, run.journal.advance, reader.fisher)
         protection = reader.protection(named, retained)
         unpatched = reader.at_sites(named)
         layers = run.subject.hold(reader.locate(unpatched[0], protection))
     deltas = [layer.delta for layer in layers]
     with run.journal.phase("patch", ROUNDS), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
-        least = goal.task.wanting(goal.before).sum()
+        least, costs = goal.task.wanting(goal.before).sum(), torch.zeros(len(torch.cat(found)), dtype=torch.float64)
         for step in range(1, ROUNDS + 1):
-            reader.spread(layers, named, torch.cat(found), protection, unpatched)
+            costs += reader.spread(layers, named, torch.cat(found), protection, unpatched)
             now, loss = goal.look(run.engine)
             wanting = goal.task.wanting(now)
             if wanting.sum() < least:
@@ -130,7 +130,8 @@ def patch(
     if best.score is None:
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
-    for one in named:
+    for one, cost in zip(named, costs.split([one.site.size for one in named])):
+        run.journal.cost(min(failing.intersection(range(one.slots.start, one.slots.stop))), float(cost.sum()))
         index = one.row.index
         run.journal.acts.append({"row": index, "how": how[index], "tokens": list(one.row.focus), "layers": band})
     return best.predictions
@@ -173,6 +174,7 @@ class _Reader:
         layers = [run.subject.decoder_of[name] for name in band if exact]
         self.below = [Replay(self.model, layer, check=False) for layer in layers]
         self._sites: list[Batch] | None = None
+        self.fisher = self._fisher()
 
     def _batches(self, texts: Sequence[tuple[int, ...]]) -> list[Batch]:
         # the last token stands for the completion that a row must have; nothing is read behind it
@@ -243,7 +245,7 @@ class _Reader:
         half = torch.tensor([0.5, *[0.5 / (count - 1)] * (count - 1)])
         return {name: mean(values, half) for name, values in v.items()}, mean(states, torch.full((count,), 1 / count))
 
-    def fisher(self) -> torch.Tensor | None:
+    def _fisher(self) -> torch.Tensor | None:
         """The Fisher information (d, d) of the states that leave the band, on what the model says by itself; None
         where it says nothing, or nothing is to be protected."""
         texts = self._own_texts()
@@ -318,10 +320,15 @@ class _Reader:
         targets: torch.Tensor,
         protection: dict[str, torch.Tensor],
         unpatched: tuple[dict[str, torch.Tensor], torch.Tensor],
-    ) -> None:
+    ) -> torch.Tensor:
         """Add to the deltas such that the states that leave the band change by the targets (n, d) in all; each layer
         takes its share of what is still missing (MEMIT, equation 20). `unpatched` is what [`at_sites`] reads without
-        a push."""
+        a push.
+
+        Returns:
+            How far each token's push (n) moves what is said in other text, as `protected.py` estimates it.
+        """
+        costs = torch.zeros(len(targets), dtype=torch.float64)
         for number, layer in enumerate(layers):
             v, states = self.at_sites(named, number - 1 if number else None)
             missing = (targets.to(states) - (states - unpatched[1])) / (len(layers) - number)
@@ -331,6 +338,10 @@ class _Reader:
             part = None if part is None else part.index_select(1, neurons).double()
             answer = shielded(values, part, self.run.args.ridge)
             layer.delta.add_((answer @ missing.double()).to(layer.delta))
+            if part is not None and self.fisher is not None:
+                effects = ((missing.double() @ self.fisher.to(missing.device)) * missing).sum(dim=1)
+                costs += ((part @ answer).square().sum(dim=0) * effects).cpu()
+        return costs
 
 
 def _moment_diagonal(part: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,7 @@ def _estimate_costs(
         effects = ((push.targets @ fisher.to(push.targets)) * push.targets).sum(dim=1)
         costs += strengths.double().square() * (answers * effects).cpu()
     for slot, cost in zip(slots.tolist(), costs.tolist()):
-        run.journal.costs[slot] = run.journal.costs.get(slot, 0.0) + cost
+        run.journal.cost(slot, cost)
 
 
 @torch.no_grad()
