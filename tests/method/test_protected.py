@@ -98,9 +98,8 @@ def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(
     config = StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0)
     model = get_peft_model(decided(**sizes), config)
     failures = [{"prompt": "parse(", "completion": "xy"}, {"prompt": "open the", "completion": " d"}]
-    ridge = 1e-3
     arguments = RepairArguments(
-        max_steps=1, ridge=ridge, background=background, generalization=generalization, reach=reach, **QUICK
+        max_steps=1, background=background, generalization=generalization, reach=reach, **QUICK
     )
     repair(model, tiny_tokenizer, failures, arguments)
     rows = encode_rows(failures, tiny_tokenizer)
@@ -119,7 +118,7 @@ def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(
         contexts = None
         if generalization:
             contexts = contexts_by_hand(decided(**sizes), rows, neurons)[name].double()
-        answer = answer_by_hand(v, protection, RIDGE if reach == "problem" else ridge, contexts, generalization)
+        answer = answer_by_hand(v, protection, RIDGE, contexts, generalization)
         # what a push of strength 1 of each failure makes of the delta
         pushes = [torch.outer(column, target).flatten() for column, target in zip(answer.T, targets)]
         left.append(torch.stack(pushes, 1))
@@ -127,7 +126,7 @@ def test_one_step_is_a_strength_of_each_failure_times_the_dense_solution(
     left, right = torch.cat(left), torch.cat(right)
     strengths = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
     assert (left @ strengths - right).norm() < 1e-3 * right.norm()
-    assert (strengths > 0).all() and strengths.max() <= RepairArguments().learning_rate * LIMIT
+    assert (strengths > 0).all() and strengths.max() <= RepairArguments().learning_rate * LIMIT * (1 + RIDGE)
 
 
 def read_beside(base, rows, name):
@@ -160,6 +159,7 @@ def scripted(states, monkeypatch, learning_rate=1.0):
     traced = SimpleNamespace(
         medium=medium,
         predictions=before,
+        problems=lambda: [None, None],
         hidden_rms={"decoder layer": None},
         gradients=lambda name: torch.full((2, 2), -1.0),
         activations=lambda name, neurons: V,
@@ -232,11 +232,14 @@ def test_it_stops_as_soon_as_all_is_solved(monkeypatch):
 @pytest.mark.parametrize("learning_rate", [1e-4, 1e-3])
 def test_the_learning_rate_bounds_the_pushes_of_a_step(learning_rate, monkeypatch):
     """All of what is allowed is asked for here, and not more is given."""
-    _, _, steps = scripted([(0, 0), (0, 0)], monkeypatch, learning_rate)
+    _, _, steps = scripted([(0, 0), (0, 0), (0, 0)], monkeypatch, learning_rate)
     targets = torch.ones(2, 2, dtype=torch.float64)
-    most = protected_answer(V, None, 1e-4) @ (learning_rate * LIMIT * targets)
+    most = protected_answer(V, None, RIDGE) @ (learning_rate * LIMIT * (1 + RIDGE) * targets)
     torch.testing.assert_close(steps[0].double(), most, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(steps[1].double(), 2 * most, rtol=1e-4, atol=1e-7)
+    # what is left behind the first steps is pushed for itself
+    alone = protected_answer(V, None, 1e-4) @ (learning_rate * LIMIT * (1 + 1e-4) * targets)
+    torch.testing.assert_close(steps[2].double(), 2 * most + alone, rtol=1e-4, atol=1e-7)
 
 
 # repairs

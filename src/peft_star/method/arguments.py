@@ -44,17 +44,16 @@ class RepairArguments:
     Args:
         learning_rate (`float`): The factor of Algorithm 1 (paper section 3.3): each step moves a parameter by
             `learning_rate` times the prior's magnitude. With `"protected"`, the strength of a push is searched up to
-            100 times this.
+            100 times this (and further where a ridge weakens it).
         damping, growth (`float`): With `"prior-guided"`, factors of an entry's step size when its gradient's sign
             turns, and when it stays; 1 and 1 are Algorithm 1 to the letter (see [`PriorGuidedSGD`]).
         algorithm (`str`): `"protected"` pushes each failure as strongly as it needs, found by forward passes, through
             neurons' combinations that tell it from background text; `"prior-guided"` is the paper's Algorithm 1 with
             its fixed steps.
         reach (`str`): How far a repair by `"protected"` reaches. `"problem"` also aims at other contexts in which the
-            model would fail in this way: a row that names no `focus` is searched for one, rows share a push as far as
-            their neurons' activations agree, what these neurons do at the rows' other tokens is protected, and once
-            all is solved the pushes grow as far as the model's words in the rows stay as they were. `"prompt"` repairs
-            these rows and little else.
+            model would fail in this way: a row that names no `focus` is searched for one, what the neurons do at the
+            rows' other tokens is protected, and once all is solved the pushes grow as far as the model's words in the
+            rows stay as they were. `"prompt"` repairs these rows and little else.
         generalization (`float`): With `"protected"`, how much the neurons' activations at a failure are averaged with
             those in the contexts before it in which the expected token is plausible. 0 repairs this failure and little
             else; with 5, say, related failures move further, and so does other text.
@@ -65,8 +64,9 @@ class RepairArguments:
         norm (`str`): The `norm` of equation 1, per vector: `"std"` (unit standard deviation), `"rms"` (the root mean
             square of the hidden state that the patched layer hands on: a step moves a representation by the same share
             in every layer and model), `"max"` (largest entry 1) or `"l2"` (unit length).
-        ridge (`float`): Ridge of the least squares (equation 2), relative to the mean of the system's diagonal. With
-            `reach="problem"` the first steps have a larger one.
+        ridge (`float`): Ridge of the least squares (equation 2), relative to the mean of the system's diagonal. The
+            first steps of `"protected"` have a larger one, so that rows share a push as far as their neurons'
+            activations agree.
         margin (`float`): A token counts as solved when its probability exceeds that of every other token by more than
             this; a little above 0 keeps it solved under the rounding of other batch shapes.
         occlusion (`str`): How a layer's importance is measured: `"first-order"` reads it off the trace,

@@ -37,11 +37,12 @@ from .strengths import search_strengths
 from .subject import HeldLayer, Run
 from .trace import Trace, trace
 
-# the strengths' search goes up to this many times the learning rate; at the default, a push then adds to a hidden
-# state what has the semantic delta's own norm
+# the strengths' search goes up to this many times the learning rate, and further as a ridge weakens the answers; at
+# the default, a push then adds to a hidden state what has the semantic delta's own norm
 LIMIT = 100
-# with `reach="problem"`: the ridge of the first steps, relative: so large that each failure is pushed by what all of
-# them have in common, too, and how many steps; what is left then is pushed for itself
+# the ridge of the first steps, relative: so large that each failure is pushed by what all of them have in common, too,
+# and not by small differences between them, which other text has as well; and how many steps. What is left then is
+# pushed for itself
 RIDGE, SHARED_STEPS = 10.0, 2
 # so many steps try to give every failure the gap that it needs where it is served, once all are solved by the margin
 WIDENING = 3
@@ -132,15 +133,16 @@ def patch(
     """
     origins = [layer.delta.detach().clone() for layer in layers]
     for step in range(1, run.args.max_steps + 1):
-        shared = run.args.reach == "problem" and step <= SHARED_STEPS
-        pushes, descent = make_pushes(run, layers, protection, traced, shared)
+        shared = step <= SHARED_STEPS
+        ridge = max(run.args.ridge, RIDGE) if shared else run.args.ridge
+        pushes, descent = make_pushes(run, layers, protection, traced, ridge, traced.problems() if shared else ())
         strengths, here, loss = search_strengths(
             partial(_look, run.engine, goal, pushes),
             traced.predictions,
             goal.task,
             traced.medium,
             descent,
-            run.args.learning_rate * LIMIT,
+            run.args.learning_rate * LIMIT * (1 + ridge),
         )
         for push in pushes:
             push(strengths)
@@ -222,16 +224,19 @@ def _look(engine: Engine, goal: Goal, pushes: Sequence[Push], strengths: torch.T
 
 
 def make_pushes(
-    run: Run, layers: Sequence[HeldLayer], protection: Protection, traced: Trace, shared: bool
+    run: Run,
+    layers: Sequence[HeldLayer],
+    protection: Protection,
+    traced: Trace,
+    ridge: float,
+    problems: Sequence[str | None] = (),
 ) -> tuple[list[Push], torch.Tensor]:
     """Every layer's push at the deltas as they are, and the slope (n) of each token's cross entropy, positive.
 
-    `shared`: failures of a problem are pushed by what they have in common.
+    Failures of different `problems` (n) are told from each other, where these are given.
     """
     pushes, descent = [], torch.zeros(len(traced.medium))
     args, subject = run.args, run.subject
-    ridge = max(args.ridge, RIDGE) if shared else args.ridge
-    problems = traced.problems() if shared else [None]
     for layer, factor, fisher in zip(layers, protection.factors, protection.fisher):
         gradient = traced.gradients(layer.name).double()
         semantics = traced_semantics(subject.bases, traced, subject.decoder_of[layer.name], args.norm)
