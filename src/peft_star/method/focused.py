@@ -174,6 +174,7 @@ class _Reader:
         layers = [run.subject.decoder_of[name] for name in band if exact]
         self.below = [Replay(self.model, layer, check=False) for layer in layers]
         self._sites: list[Batch] | None = None
+        self._alone = replace(run.engine, team=ALONE)
         self.fisher = self._fisher()
 
     def _batches(self, texts: Sequence[tuple[int, ...]]) -> list[Batch]:
@@ -251,9 +252,8 @@ class _Reader:
         texts = self._own_texts()
         if not texts:
             return None
-        alone = replace(self.run.engine, team=ALONE)
         with self.run.subject.unpatched():
-            return read_states(alone, texts, self.top, list(self.ffns)[-1], self.run.journal.advance)
+            return read_states(self._alone, texts, self.top, list(self.ffns)[-1], self.run.journal.advance)
 
     def _own_texts(self) -> Sequence[Row]:
         return self.run.own_texts().protected if self.run.args.background else ()
@@ -282,8 +282,7 @@ class _Reader:
                 parts[name].append(read / max(1, len(read)) ** 0.5)
 
         if args.background:
-            alone = replace(self.run.engine, team=ALONE)
-            shown = background_activations(alone, tokenizer, self.ffns, args.background)
+            shown = background_activations(self._alone, tokenizer, self.ffns, args.background)
             for name, values in shown.items():
                 parts[name].append(values / len(values) ** 0.5)
             for name, values in self._shown_by_own_texts().items():

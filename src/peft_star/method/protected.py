@@ -127,9 +127,9 @@ def patch(
 ) -> None:
     """Push the failures until the task is fulfilled, or `max_steps` gradients are used up.
 
-    Each step pushes the failures, and the tokens that broke on the way, along their gradients' signs; its strengths
-    are searched up to `learning_rate * LIMIT`. Retained rows are looked at when all seems done; those that broke are
-    watched from then on.
+    Each step pushes the failures, and the tokens that broke on the way, towards their targets; its strengths are
+    searched up to `learning_rate * LIMIT * (1 + ridge)`. Retained rows are looked at when all seems done; those that
+    broke are watched from then on.
     """
     origins = [layer.delta.detach().clone() for layer in layers]
     for step in range(1, run.args.max_steps + 1):

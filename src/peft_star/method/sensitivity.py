@@ -68,10 +68,7 @@ def read_own_texts(
             found = _read(engine, rows, ffns, True, progress)
             return found.fisher
 
-        team = engine.team
-        asked = _asked(engine.model, rows, sorted(ffns))
-        whole = partial(_whole, names=ffns.keys())
-        fisher = kept("sensitivity", asked, differentiate, TENSORS, whole, gather=team.gather, writes=team.rank == 0)
+        fisher = _kept(engine, rows, ffns, differentiate)
         if found is None:
             found = _read(engine, rows, ffns, False, progress)
         known.activations |= found.activations
@@ -102,11 +99,7 @@ def read_states(
                 _add(sums, layers, batch, _sampled_gradients(logits, number, [seen.h_out[layer]]))
             return _fisher(engine, rows, layers, sums)
 
-        team = engine.team
-        asked = _asked(engine.model, rows, [layer])
-        whole = partial(_whole, names=[layer])
-        fisher = kept("sensitivity", asked, differentiate, TENSORS, whole, gather=team.gather, writes=team.rank == 0)
-        known[layer] = fisher[layer].double()
+        known[layer] = _kept(engine, rows, layers, differentiate)[layer].double()
     return known[layer]
 
 
@@ -204,6 +197,14 @@ def _sampled_gradients(logits: torch.Tensor, seed: int, outputs: Sequence[torch.
     generator = torch.Generator(logits.device).manual_seed(seed)
     drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
     return torch.autograd.grad(-F.cross_entropy(logits.float(), drawn, reduction="sum"), outputs)
+
+
+def _kept(
+    engine: Engine, rows: Sequence[Row], names: Collection[str], differentiate: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """By name the Fisher information of these texts, from disk or computed."""
+    team, asked, whole = engine.team, _asked(engine.model, rows, sorted(names)), partial(_whole, names=names)
+    return kept("sensitivity", asked, differentiate, TENSORS, whole, gather=team.gather, writes=team.rank == 0)
 
 
 def _asked(model: nn.Module, rows: Sequence[Row], names: Sequence[str]) -> str | None:
