@@ -71,11 +71,11 @@ def within_limits(
         tried = replace(case, left_out=case.left_out | left_out)
         return _Trial.of(run, tried, patch(modest, tried, before, _traced_again(run, tried, before, traced)))
 
-    trial = _Trial.of(run, case, now) if run.args.reach == "prompt" else attempt(frozenset())
-    if trial.harm.changed_share > limit:
-        trial = _most_rows(attempt, trial, _costs(run, case, before), limit)
+    all_rows = trial = _Trial.of(run, case, now) if run.args.reach == "prompt" else attempt(frozenset())
+    if all_rows.harm.changed_share > limit:
+        trial = _most_rows(attempt, all_rows, _costs(run, case, before), limit)
     trial.put_back(run)
-    _tell(run, trial, limit)
+    _tell(run, trial, limit, all_rows.harm)
     return trial.now, trial.harm
 
 
@@ -187,20 +187,25 @@ def _costs(run: Run, case: Case, before: Seen) -> dict[int, float]:
     }
 
 
-def _tell(run: Run, trial: _Trial, limit: float) -> None:
-    """Say of each row that was left out why it was."""
+def _tell(run: Run, trial: _Trial, limit: float, all_rows: TextsHarm) -> None:
+    """Say of each row that was left out why it was, and what limit would have kept it; `all_rows` is what the patch of
+    all rows does."""
     case, harm, percent = trial.case, trial.harm, f"{100 * limit:.0f}%"
     over = harm.changed_share > limit
     for row in (row for row in case.rows if row.index in case.left_out):
         called = f"{row.number} ({row.id})" if row.id else str(row.number)
         sentence = (
-            f"Row {called} was left out: with it, more than {percent} of the texts that the model says by itself "
-            "would change (--max-harm)."
+            f"Row {called} was left out: the limit is that {percent} of the texts that the model says by itself "
+            f"change, and all rows together change {_count(all_rows)} (--max-harm)."
         )
         run.journal.warnings.append((row.index, sentence))
     if over:
         sentence = (
-            f"The patch changes {harm.texts - harm.unchanged} of {harm.texts} texts that the model says by itself, "
-            f"more than the limit of {percent} (--max-harm); repair fewer rows at once, or allow more."
+            f"The patch changes {_count(harm)} texts that the model says by itself, more than the limit of {percent} "
+            "(--max-harm); repair fewer rows at once, or allow more."
         )
         run.journal.warnings.append((case.rows[0].index, sentence))
+
+
+def _count(harm: TextsHarm) -> str:
+    return f"{harm.texts - harm.unchanged} of {harm.texts}"
