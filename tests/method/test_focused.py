@@ -6,10 +6,10 @@ from peft import get_peft_model
 
 from peft_star import RepairArguments, RepairCallback, RepairInterrupted, StarConfig, repair
 from peft_star.failures import encode_rows
-from peft_star.method import focused, namesakes
+from peft_star.method import band, focused, namesakes
 from peft_star.method.background import FLOOR
+from peft_star.method.band import WEIGHT, shielded
 from peft_star.method.callbacks import Journal
-from peft_star.method.focused import WEIGHT, shielded
 from support.words import QUICK, RETAIN, ROWS, decided, star, word_tokenizer
 
 FOCUSED = [{**ROWS[0], "focus": "w9 w11"}, {**ROWS[1], "focus": "w30 w31"}]
@@ -115,7 +115,7 @@ def test_an_interrupt_while_pushing_the_focus_leaves_the_model_as_it_was(tokeniz
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(focused._Reader, "spread", stop)
+    monkeypatch.setattr(band.Band, "spread", stop)
     with pytest.raises(RepairInterrupted) as error:
         repair(model, tokenizer, FOCUSED, RepairArguments(learning_rate=0.05, **QUICK))
     assert error.value.report.interrupted and not error.value.report.layers
@@ -130,8 +130,8 @@ def test_a_focus_is_looked_for_behind_other_texts_too(tokenizer):
             pass
 
     Given.subject.tokenizer = tokenizer
-    named = focused._named(Given, row, slice(0, 1))
-    for site, count in ((named.site, len(focused.FRONT)), (named.searched, focused.SEARCHED)):
+    named = band.Named.of(Given, row, slice(0, 1))
+    for site, count in ((named.site, len(band.FRONT)), (named.searched, band.SEARCHED)):
         assert [version.prompt_ids[places[0]] for version, places in zip(site.rows, site.positions)] == [
             row.prompt_ids[2]
         ] * count
@@ -159,7 +159,7 @@ def test_what_the_focus_solved_is_counted_once(tokenizer, monkeypatch):
 def test_what_a_push_costs_elsewhere_is_told_of_its_row(tokenizer, monkeypatch):
     band_of_one(monkeypatch)
     costs = {}
-    monkeypatch.setattr(focused._Reader, "_fisher", lambda reader: torch.eye(reader.model.config.hidden_size).double())
+    monkeypatch.setattr(band.Band, "_fisher", lambda reader: torch.eye(reader.model.config.hidden_size).double())
     monkeypatch.setattr(Journal, "cost", lambda journal, slot, amount: costs.update({slot: amount}))
     arguments = RepairArguments(reach="prompt", learning_rate=0.05, **QUICK)
     report = repair(star(num_layers=1, num_neurons=32), tokenizer, FOCUSED, arguments)
@@ -189,14 +189,14 @@ def test_what_is_still_wanting_is_asked_for_more(tokenizer, monkeypatch):
         first, second = found(*args)
         return [1e-3 * first, second]
 
-    spread = focused._Reader.spread
+    spread = band.Band.spread
 
     def watched(self, layers, named, targets, *args):
         asked.append(targets.norm(dim=-1))
         return spread(self, layers, named, targets, *args)
 
     monkeypatch.setattr(focused, "find_targets", weak)
-    monkeypatch.setattr(focused._Reader, "spread", watched)
+    monkeypatch.setattr(band.Band, "spread", watched)
     repair(star(num_layers=1, num_neurons=32), tokenizer, FOCUSED, RepairArguments(learning_rate=0.05, **QUICK))
     assert len(asked) == focused.ROUNDS
     torch.testing.assert_close(asked[1][0], 10 * asked[0][0])
@@ -204,13 +204,13 @@ def test_what_is_still_wanting_is_asked_for_more(tokenizer, monkeypatch):
 
 def protected_parts(monkeypatch):
     """What is protected in each solve from now on."""
-    parts, plain = [], focused.shielded
+    parts, plain = [], band.shielded
 
     def watched(values, part, ridge):
         parts.append(part)
         return plain(values, part, ridge)
 
-    monkeypatch.setattr(focused, "shielded", watched)
+    monkeypatch.setattr(band, "shielded", watched)
     return parts
 
 
@@ -233,7 +233,7 @@ def test_what_stands_beside_the_focus_and_other_names_there_are_protected(tokeni
     row = {"prompt": "w5 w9 w11 w12", "completion": " w20", "focus": "w9 w11"}
     arguments = RepairArguments(background=16, learning_rate=0.05, **QUICK)
     repair(star(num_layers=1), tokenizer, [row], arguments)
-    fronts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in focused.FRONT[: focused.SEARCHED]]
+    fronts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in band.FRONT[: band.SEARCHED]]
     beside = sum(len(ids) + 3 for ids in fronts)  # the row's four tokens but for its focus
     assert len(parts[0]) == 16 + beside + namesakes.EACH
 
@@ -241,7 +241,7 @@ def test_what_stands_beside_the_focus_and_other_names_there_are_protected(tokeni
 def spread_by(tokenizer, monkeypatch, replaying):
     """The deltas of pushes spread over three of six layers, and how many layers all of that ran."""
     monkeypatch.setattr(focused, "BAND", (1 / 6, 3 / 6))
-    monkeypatch.setattr(focused, "replays_exactly", lambda model, lowest: replaying)
+    monkeypatch.setattr(band, "replays_exactly", lambda model, lowest: replaying)
     config = StarConfig(task_type="CAUSAL_LM", num_neurons=32, num_layers=1)
     model, ran = get_peft_model(decided(num_hidden_layers=6), config), []
     for number in range(6):

@@ -11,7 +11,8 @@ from peft_star import RepairArguments, repair
 from peft_star.engine import own_texts as texts_module
 from peft_star.engine.engine import Engine
 from peft_star.evaluation.own_texts import TextsHarm, hear, texts_harm
-from peft_star.method.gate import _costly
+from peft_star.method import gate
+from peft_star.method.gate import _costs, _most_rows
 from peft_star.method.subject import Subject
 from support.words import QUIET, ROWS, star, word_tokenizer
 
@@ -88,13 +89,62 @@ def test_without_background_nothing_is_measured(tokenizer):
     assert report.success and report.harm == {}
 
 
-@pytest.mark.parametrize("share, left", [(1.0, []), (0.9, [2]), (0.5, [1, 2]), (0.01, [1, 2])])
-def test_the_rows_that_cost_most_are_left_out(share, left):
-    rows = [SimpleNamespace(index=index, completion_ids=(1, 2)) for index in range(3)]
+def test_what_rows_cost_is_that_of_their_failing_tokens():
+    rows = [SimpleNamespace(index=index, completion_ids=(1, 2)) for index in range(4)]
     case = SimpleNamespace(rows=rows, failing=lambda seen, gaps: torch.tensor([0, 2, 3, 4]))
-    journal = SimpleNamespace(costs={0: 1.0, 2: 1.0, 3: 2.0, 4: 6.0})
-    found = _costly(SimpleNamespace(journal=journal), case, SimpleNamespace(predictions=None, gaps=None), share)
-    assert sorted(found) == left
+    journal = SimpleNamespace(costs={0: 1.0, 2: 1.0, 3: 2.0, 5: 6.0})
+    found = _costs(SimpleNamespace(journal=journal), case, SimpleNamespace(predictions=None, gaps=None))
+    assert found == {0: 1.0, 1: 3.0, 2: 0.0}
+
+
+def most(holds, costs):
+    """How many rows are kept where as many as `holds` hold, and how many were tried."""
+    tried = []
+
+    def attempt(left_out):
+        tried.append(len(costs) - len(left_out))
+        assert left_out == frozenset(range(tried[-1], len(costs)))  # rows are dearer the later they come
+        return trial(tried[-1])
+
+    def trial(rows):
+        share = 0.4 if rows <= holds else 0.6 + 0.3 * rows / len(costs)
+        return SimpleNamespace(rows=rows, harm=SimpleNamespace(changed_share=share))
+
+    return _most_rows(attempt, trial(len(costs)), dict(enumerate(costs)), 0.5).rows, tried
+
+
+@pytest.mark.parametrize("holds", [1, 2, 5, 7])
+@pytest.mark.parametrize("costs", [[1.0] * 8, [0.0] * 8, [float(index) ** 3 for index in range(8)]])
+def test_as_many_rows_are_kept_as_hold(holds, costs, monkeypatch):
+    monkeypatch.setattr(gate, "ROUNDS", 8)
+    kept, tried = most(holds, costs)
+    assert kept == holds and len(set(tried)) == len(tried)
+
+
+def test_after_so_many_rounds_what_held_is_taken_or_the_fewest_rows_that_were_tried():
+    kept, tried = most(3, [1.0] * 200)
+    assert kept <= 3 and len(tried) == gate.ROUNDS
+    kept, tried = most(0, [1.0] * 200)
+    assert kept == min(tried)
+
+
+def test_rows_that_cost_nothing_by_estimate_are_halved():
+    assert most(0, [0.0] * 64)[1] == [32, 16, 8, 4]
+
+
+def test_the_best_trial_is_what_is_left_and_told_of(tokenizer, monkeypatch):
+    """A limit that the first trial holds and the second does not: the first is put back, with its warnings."""
+    _, free = run(tokenizer, max_harm=1.0)
+    limit = free.harm["changed_share"] - 0.01
+    model, report = run(tokenizer, max_harm=limit)
+    assert report.harm["changed_share"] <= limit
+    engine = Engine(model.base_model.model)
+    subject = Subject.of(model, tokenizer, RepairArguments())
+    with subject.unpatched():
+        heard = hear(engine, engine.batches(texts_module.own_texts(engine, tokenizer).measured))
+    assert texts_harm(engine, heard).unchanged == report.harm["unchanged"]
+    left = sum("was left out" in sentence for problem in report.problems for sentence in problem.warnings)
+    assert report.summary()["rows_exact_after"] == len(ROWS) - left
 
 
 def test_the_divergence_of_the_words_that_were_heard_is_nearly_all_of_it(tokenizer):

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_star import RepairArguments, StarConfig, check, combine_patches, repair
-from peft_star.method import focused, history
+from peft_star.method import band, history
 from peft_star.method.history import History, earlier_keys
 from peft_star.method.subject import Subject
 from peft_star.sharing.changes import difference, norm
@@ -167,7 +167,7 @@ def test_activations_stand_for_rows_that_are_not_to_be_kept(tokenizer, tmp_path)
     with running(model, tokenizer, background=0) as run:
         keys = earlier_keys(run)
         # pushes at the focus, in early layers, keep off them, too
-        held = focused._Reader(run, LAYERS[:1]).protection([], [])
+        held = band.Band(run, LAYERS[:1]).protection([], [])
     assert {name: part.shape for name, part in keys.items()} == {name: (5, 40) for name in LAYERS}
     assert {name: part.shape for name, part in held.items()} == {LAYERS[0]: (5, 40)}
     with running(model, tokenizer, keep_earlier=False) as run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +110,17 @@ class Journal:
         self.acts.clear()
         self.costs.clear()
         self.warnings.clear()
+
+    def told(self) -> Callable[[], None]:
+        """What puts back, later on, all that is told of the patch as it is now."""
+        solved, solved_before = self.state.num_solved, self.solved_before
+        acts, costs, warnings = list(self.acts), dict(self.costs), list(self.warnings)
+
+        def tell() -> None:
+            self.state.num_solved, self.solved_before = solved, solved_before
+            self.acts, self.costs, self.warnings = list(acts), dict(costs), list(warnings)
+
+        return tell
 
     def call(self, event: str) -> None:
         for callback in self.callbacks:

@@ -2,14 +2,16 @@
 
 Nothing of it is the paper's. What a patch costs is measured on texts of the model's own that no patch is solved by
 (see `evaluation/own_texts.py`). Above the limit the repair starts again: first without reaching beyond its rows, then
-without the rows that cost most, until the limit holds.
+without the rows that cost most. How many these are is searched for, between as many as did not hold and as few as did.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -23,9 +25,9 @@ from .trace import Trace, trace
 from .unfinished import AdapterState
 from .verify import Case, Seen
 
-# how often rows are left out before the gate gives up
-ROUNDS = 3
-# what is aimed at, as a share of the limit: which rows cost most is an estimate
+# how many patches of fewer rows are tried
+ROUNDS = 4
+# what is aimed at, as a share of the limit: what a row costs is an estimate
 AIM = 0.8
 
 _VOICES: WeakKeyDictionary[nn.Module, tuple[tuple, dict[Batch, Heard], Replay]] = WeakKeyDictionary()
@@ -61,20 +63,74 @@ def within_limits(
     reached.put_back(run.subject)
     run.forget()
     modest = replace(run, args=replace(run.args, reach="prompt"), resumed=False)
-    for number in range(ROUNDS + 1):
-        if harm.changed_share <= limit:
-            break
-        if number or run.args.reach == "prompt":
-            costly = _costly(run, case, before, AIM * limit / harm.changed_share)
-            if not costly:
-                break
-            case = replace(case, left_out=case.left_out | costly)
+
+    def attempt(left_out: frozenset[int]) -> _Trial:
         start.put_back(run.subject)
         run.forget()
         run.journal.begin_again()
-        now, harm = patch(modest, case, before, _traced_again(run, case, before, traced)), measure(run)
-    _tell(run, case, harm, limit)
-    return now, harm
+        tried = replace(case, left_out=case.left_out | left_out)
+        return _Trial.of(run, tried, patch(modest, tried, before, _traced_again(run, tried, before, traced)))
+
+    all_rows = trial = _Trial.of(run, case, now) if run.args.reach == "prompt" else attempt(frozenset())
+    if all_rows.harm.changed_share > limit:
+        trial = _most_rows(attempt, all_rows, _costs(run, case, before), limit)
+    trial.put_back(run)
+    _tell(run, trial, limit, all_rows.harm)
+    return trial.now, trial.harm
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A patch of some of the rows, and what there is to know of it."""
+
+    case: Case
+    now: Seen
+    harm: TextsHarm
+    state: AdapterState
+    tell: Callable[[], None]
+
+    @classmethod
+    def of(cls, run: Run, case: Case, now: Seen) -> _Trial:
+        """The patch as it is."""
+        return cls(case, now, measure(run), AdapterState.of(run.subject), run.journal.told())
+
+    def put_back(self, run: Run) -> None:
+        """Make the adapter hold the patch, and the journal tell of it."""
+        self.state.put_back(run.subject)
+        run.forget()
+        self.tell()
+
+
+def _most_rows(
+    attempt: Callable[[frozenset[int]], _Trial], all_rows: _Trial, costs: dict[int, float], limit: float
+) -> _Trial:
+    """Of the patches that hold the limit the one of the most rows that is found in `ROUNDS`; where none does, that of
+    the fewest rows that was tried.
+
+    Args:
+        attempt: Patches all rows but those of these indices.
+        all_rows: The patch of all rows, which does not hold the limit.
+        costs: By a row's index an estimate of what its pushes cost.
+        limit: The share of own texts that may change.
+    """
+    cheapest_first = sorted(costs, key=costs.__getitem__)
+    # how far text is moved adds up by squares
+    moved = [total**0.5 for total in accumulate(costs[index] for index in cheapest_first)]
+    few, many, best, too_much = 0, len(costs), all_rows, all_rows.harm.changed_share
+    for _ in range(ROUNDS):
+        if many - few <= 1:
+            break
+        aim = AIM * limit / too_much * moved[many - 1]
+        count = max(1, bisect_right(moved, aim, 0, many - 1))
+        if count <= few or not moved[-1]:  # nothing is known that would tell
+            count = (few + many) // 2
+        trial = attempt(frozenset(cheapest_first[count:]))
+        if trial.harm.changed_share <= limit:
+            few, best = count, trial
+        else:
+            many, too_much = count, trial.harm.changed_share
+            best = best if few else trial
+    return best
 
 
 def measure(run: Run) -> TextsHarm:
@@ -120,41 +176,36 @@ def _traced_again(run: Run, case: Case, before: Seen, traced: Trace | None) -> T
     )
 
 
-def _costly(run: Run, case: Case, before: Seen, share: float) -> frozenset[int]:
-    """The rows, by index, without which the patch's estimated effect on other text is no more than `share` of what it
-    is: those that cost most, but never all."""
+def _costs(run: Run, case: Case, before: Seen) -> dict[int, float]:
+    """By a failing row's index the estimated effect of its pushes on other text."""
     failing = set(case.failing(before.predictions, before.gaps).tolist())
     starts = completion_offsets(case.rows)
-    costs = {
+    return {
         row.index: sum(run.journal.costs.get(slot, 0.0) for slot in failing.intersection(range(start, end)))
         for row, start, end in zip(case.rows, starts, starts[1:])
         if failing.intersection(range(start, end))
     }
-    # how far text is moved adds up by squares
-    allowed = share**2 * sum(costs.values())
-    kept = 0.0
-    cheapest_first = sorted(costs, key=costs.__getitem__)
-    for number, index in enumerate(cheapest_first):
-        kept += costs[index]
-        if number and kept > allowed:
-            return frozenset(cheapest_first[number:])
-    return frozenset()
 
 
-def _tell(run: Run, case: Case, harm: TextsHarm, limit: float) -> None:
-    """Say of each row that was left out why it was."""
-    percent = f"{100 * limit:.0f}%"
+def _tell(run: Run, trial: _Trial, limit: float, all_rows: TextsHarm) -> None:
+    """Say of each row that was left out why it was, and what limit would have kept it; `all_rows` is what the patch of
+    all rows does."""
+    case, harm, percent = trial.case, trial.harm, f"{100 * limit:.0f}%"
     over = harm.changed_share > limit
     for row in (row for row in case.rows if row.index in case.left_out):
         called = f"{row.number} ({row.id})" if row.id else str(row.number)
         sentence = (
-            f"Row {called} was left out: with it, more than {percent} of the texts that the model says by itself "
-            "would change (--max-harm)."
+            f"Row {called} was left out: the limit is that {percent} of the texts that the model says by itself "
+            f"change, and all rows together change {_count(all_rows)} (--max-harm)."
         )
         run.journal.warnings.append((row.index, sentence))
     if over:
         sentence = (
-            f"The patch changes {harm.texts - harm.unchanged} of {harm.texts} texts that the model says by itself, "
-            f"more than the limit of {percent} (--max-harm); repair fewer rows at once, or allow more."
+            f"The patch changes {_count(harm)} texts that the model says by itself, more than the limit of {percent} "
+            "(--max-harm); repair fewer rows at once, or allow more."
         )
         run.journal.warnings.append((case.rows[0].index, sentence))
+
+
+def _count(harm: TextsHarm) -> str:
+    return f"{harm.texts - harm.unchanged} of {harm.texts}"

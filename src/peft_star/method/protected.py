@@ -31,7 +31,7 @@ from .bystanders import Bystanders
 from .history import earlier_keys
 from .objective import Goal
 from .semantics import traced_semantics
-from .sensitivity import OwnReading, natural_targets, read_own_texts
+from .sensitivity import OwnReading, effects, natural_targets, read_own_texts
 from .solve import answers_by_problem, protected_answer
 from .strengths import search_strengths
 from .subject import HeldLayer, Run
@@ -177,8 +177,7 @@ def _estimate_costs(
         if factor is None or fisher is None:
             return
         answers = (factor.T @ push.answer).square().sum(dim=0)
-        effects = ((push.targets @ fisher.to(push.targets)) * push.targets).sum(dim=1)
-        costs += strengths.double().square() * (answers * effects).cpu()
+        costs += strengths.double().square() * (answers * effects(push.targets, fisher)).cpu()
     for slot, cost in zip(slots.tolist(), costs.tolist()):
         run.journal.cost(slot, cost)
 

@@ -111,6 +111,12 @@ def damped(fisher: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.linalg.cholesky(values)
 
 
+def effects(pushes: torch.Tensor, fisher: torch.Tensor) -> torch.Tensor:
+    """tᵀ F t of each push (n, d), float64, shape (n): twice the divergence of what is said behind it."""
+    pushes = pushes.double()
+    return ((pushes @ fisher.to(pushes)) * pushes).sum(dim=1)
+
+
 def natural_targets(gradients: torch.Tensor, fisher: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """What lowers each failure's cross entropy most for what it changes in what the model says elsewhere.
 
