@@ -51,7 +51,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def all_rows(data: Path, tasks: list[str], demonstrations: int, seed: int) -> list[dict[str, str]]:
-    """The rows of the tasks' inference splits in random order, without demonstrations or behind some."""
+    """The rows of the tasks' inference splits in random order, without demonstrations or behind some; of rows with the
+    same prompt one, as a repair can give it only one completion."""
     rows = []
     for task in tasks:
         plain = read_jsonl(data / task / "inference.jsonl")
@@ -61,7 +62,7 @@ def all_rows(data: Path, tasks: list[str], demonstrations: int, seed: int) -> li
             plain = [{"prompt": f"# {row['prompt']}\n", "completion": row["completion"]} for row in plain]
         rows += plain
     random.Random(seed).shuffle(rows)
-    return rows
+    return list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
 
 
 # what runs in processes of its own
