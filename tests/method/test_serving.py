@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_star import RepairArguments, repair
-from peft_star.engine.arithmetic import BF16, Q8_0, Arithmetic
+from peft_star.engine.arithmetic import BF16, FP32, Q8_0, Arithmetic
 from peft_star.engine.engine import Engine
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import encode_rows
@@ -30,15 +30,15 @@ def seen(*gaps):
 def test_movements_are_those_of_the_token_and_of_all():
     here = seen(1.0, 1.0, 1.0, 1.0)
     moved = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0)}))
-    # squares 0, 0, 0, 4 with a mean of 1
-    torch.testing.assert_close(moved, torch.tensor([0.5, 0.5, 0.5, 2.5]).sqrt())
+    # squares 0, 0, 0, 4 with a mean of 1, which counts twice
+    torch.testing.assert_close(moved, torch.tensor([2.0, 2.0, 2.0, 6.0]).div(3).sqrt())
     torch.testing.assert_close(needed_gaps((here, {"a": seen(1.0, 1.0, 1.0, 3.0)})), serving.AIMED * moved)
     # the arithmetic that moves most counts, token by token
-    both = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0), "b": seen(2.0, 1.0, 1.0, 1.0)}))
-    torch.testing.assert_close(both, torch.tensor([0.625, 0.5, 0.5, 2.5]).sqrt())
+    both = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0), "b": seen(3.0, 1.0, 1.0, 1.0)}))
+    torch.testing.assert_close(both, torch.tensor([6.0, 2.0, 2.0, 6.0]).div(3).sqrt())
     # of several looks each is one draw
     twice = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0)}), (here, {"a": seen(1.0, 1.0, 3.0, 1.0)}))
-    torch.testing.assert_close(twice, torch.tensor([1.0, 1.0, 5.0, 5.0]).div(3).sqrt())
+    torch.testing.assert_close(twice, torch.tensor([2.0, 2.0, 6.0, 6.0]).div(4).sqrt())
     assert movements((here, {})) is None and needed_gaps((here, {})) is None
 
 
@@ -53,8 +53,15 @@ def test_failures_are_what_is_wrong_or_right_by_too_little():
 
 def test_what_the_model_computes_in_anyway_is_left_out():
     assert arithmetics(tiny_llama(), ("base", "fp32", "bf16", "q8_0")) == {"bf16": BF16, "q8_0": Q8_0}
-    assert list(arithmetics(tiny_llama(dtype=torch.bfloat16), ("base", "fp32", "bf16"))) == ["fp32"]
+    assert list(arithmetics(tiny_llama(dtype=torch.bfloat16), ("fp32", "bf16"))) == ["fp32"]
     assert arithmetics(tiny_llama(), ()) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_short_type_is_held_against_float32(dtype):
+    """Engines that compute in it round otherwise than each other, and a model beside itself moves nothing."""
+    assert arithmetics(tiny_llama(dtype=dtype), ("base",)) == {"fp32": FP32}
+    assert arithmetics(tiny_llama(dtype=dtype), ("base", "fp32")) == {"fp32": FP32}
 
 
 @pytest.mark.parametrize(
