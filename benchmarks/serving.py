@@ -4,13 +4,13 @@
     python benchmarks/serving.py --model MODEL.gguf --failures examples/failures.jsonl --retain examples/retain.jsonl \
         --engines engines --json serving.json
 
-Repairs the rows with `serve=()`, with the default, and for all of the types below, or measures finished patches
-(`--patches`). Then transformers, llama.cpp and vLLM generate with each patch, greedily and on a CPU: as a LoRA (in
-transformers as the adapter that it is) and merged. A row is exact when what is generated begins with its completion.
-Of the retained rows those count that an engine has right without the patch. With `--data DIR --rows 8` the rows are
-the paper's, so many of each task. Engines that are not installed are left out. Harm is the mean KL divergence from the
-unpatched model on 256 tokens of the Apache licence. Finished parts are kept in the JSON file, and patches beside it:
-an interrupted run goes on from there.
+Repairs the rows with `serve=()`, with the default, and for all of the types below (`--repairs` names some of these),
+or measures finished patches (`--patches`). Then transformers, llama.cpp and vLLM generate with each patch, greedily and
+on a CPU: as a LoRA (in transformers as the adapter that it is) and merged. A row is exact when what is generated begins
+with its completion. Of the retained rows those count that an engine has right without the patch. With `--data DIR
+--rows 8` the rows are the paper's, so many of each task. Engines that are not installed are left out. Harm is the mean
+KL divergence from the unpatched model on 256 tokens of the Apache licence. Finished parts are kept in the JSON file,
+and patches beside it: an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -60,20 +60,18 @@ class Served:
     Attributes:
         rows: The failures, then the retained rows.
         folder: Holds the patches and the base in other formats.
+        names: What the patches are called.
     """
 
     def __init__(self, given: argparse.Namespace, rows: Rows, tokenizer: Any):
         self.model, self.engines, self.folder = given.model, given.engines, given.json.with_suffix(".work")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.given_patches = {path.name: path for path in given.patches}
+        self.names = list(self.given_patches or given.repairs)
         self.asked = questions(rows, tokenizer)
         longest = max(len(tokenizer(prompt)["input_ids"]) + tokens for prompt, tokens in self.asked)
         self.length = -(-(longest + 1) // 256) * 256
         self.tokenizer = tokenizer
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.given_patches or SERVE)
 
     def patch(self, name: str) -> Path:
         """A patch's directory."""
@@ -258,6 +256,9 @@ def main() -> None:
     source.add_argument("--data", type=Path, help="folder with conala/, ia32/, tldr/, whose rows are repaired")
     options.add_argument("--rows", type=int, default=8, help="rows of each task")
     options.add_argument("--retain", type=Path, help="JSON Lines of rows to retain")
+    options.add_argument(
+        "--repairs", nargs="+", default=list(SERVE), choices=SERVE, metavar="NAME", help=f"some of: {'; '.join(SERVE)}"
+    )
     options.add_argument("--patches", type=Path, nargs="+", default=[], help="measure these instead of repairing")
     options.add_argument("--engines", type=Path, default=Path(".engines"), help="holds llama.cpp/ and vllm/")
     options.add_argument("--only", default="", help="lines with this in their names: engine|precision|LoRA or merged")
@@ -276,13 +277,13 @@ def main() -> None:
     harm, warm = Harm(base, tokenizer), []
 
     def made(name: str) -> dict[str, Any]:
-        if not warm:  # what is found out once for each model is none of the three repairs' cost
+        if not warm:  # what is found out once for each model is none of the repairs' cost
             make_patch(base, tokenizer, failures[:1], [], {"serve": ()}, harm, served.folder / "warm")
             warm.append(name)
         arguments = {**given.arguments, "serve": SERVE[name]}
         return make_patch(base, tokenizer, failures, retained, arguments, harm, served.patch(name))
 
-    units = [(f"repair {name}", partial(made, name)) for name in ([] if given.patches else SERVE)]
+    units = [(f"repair {name}", partial(made, name)) for name in ([] if given.patches else given.repairs)]
     lines = [(name, unit) for name, unit in served.lines() if given.only in name]
     run_units([*units, *lines], state, given.json, desc="parts")
     print(table(state["results"], failures + retained, len(failures), served.names))
