@@ -5,12 +5,12 @@
         --engines engines --json serving.json
 
 Repairs the rows with `serve=()`, with the default, and for all of the types below (`--repairs` names some of these),
-or measures finished patches (`--patches`). Then transformers, llama.cpp and vLLM generate with each patch, greedily and
-on a CPU: as a LoRA (in transformers as the adapter that it is) and merged. A row is exact when what is generated begins
-with its completion. Of the retained rows those count that an engine has right without the patch. With `--data DIR
---rows 8` the rows are the paper's, so many of each task. Engines that are not installed are left out. Harm is the mean
-KL divergence from the unpatched model on 256 tokens of the Apache licence. Finished parts are kept in the JSON file,
-and patches beside it: an interrupted run goes on from there.
+or measures finished patches (`--patches`). Then transformers, llama.cpp and vLLM generate with each patch, greedily
+and on a CPU: as a LoRA (in transformers as the adapter that it is) and merged. A row is exact when what is generated
+begins with its completion. Of the retained rows those count that an engine has right without the patch. With
+`--data DIR --rows 8` the rows are the paper's, so many of each task. Engines that are not installed are left out.
+Harm is the mean KL divergence from the unpatched model on 256 tokens of the Apache licence. Finished parts are kept in
+the JSON file, and patches beside it: an interrupted run goes on from there.
 """
 
 from __future__ import annotations

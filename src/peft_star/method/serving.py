@@ -75,7 +75,7 @@ def movements(*looks: tuple[Predictions, Under]) -> torch.Tensor | None:
     deviation in the arithmetic that moves it most. None: there is none but the model's own.
 
     What rounding does to one token differs from patch to patch, and from engine to engine of one type, like a draw
-    from a distribution. So with a token's own movements, one in each look, go as many as `PRIOR` of the mean size of all.
+    from a distribution. So with a token's own movements, one in each look, go `PRIOR` of the mean size of all.
 
     Args:
         looks: What was said in the model's own arithmetic and in the others.
