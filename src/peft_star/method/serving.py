@@ -21,7 +21,7 @@ from ..engine.predictions import Predictions
 from .gguf_products import products_of
 
 # a gap is made so many times as wide as rounding is seen to move it, and is wide enough at so many times
-AIMED, ENOUGH = 5.5, 4.5
+AIMED, ENOUGH = 5.5, 4.0
 # for how many of a token's own movements the mean square of all counts
 PRIOR = 2.0
 # rounds in which what does not hold is pushed further
