@@ -47,6 +47,9 @@ SERVE: dict[str, tuple[str, ...]] = {
 DTYPES = ("float32", "bfloat16")
 TYPES = ("as the file is", "Q8_0", "F16", "BF16", "F32")
 HOW = ("LoRA", "merged")
+KINDS = {"transformers": DTYPES, "llama.cpp": TYPES, "vLLM": DTYPES}
+# the lines of the table in their order
+LINES = [f"{engine}|{kind}" for engine, kinds in KINDS.items() for kind in kinds]
 # a completion's last token may be one with what comes next
 BEHIND = 3
 
@@ -145,16 +148,14 @@ class Served:
 
     def lines(self) -> Iterator[tuple[str, Callable[[], Said]]]:
         """By "engine|precision|how" what fills a line of the table, for the engines that are there."""
-        engines: list[tuple[str, tuple[str, ...], Callable[[str, str], Said]]] = [
-            ("transformers", DTYPES, self.transformers)
-        ]
+        engines: dict[str, Callable[[str, str], Said]] = {"transformers": self.transformers}
         if Path(self.model).suffix == ".gguf" and (self.engines / "llama.cpp" / "node_modules").is_dir():
-            engines.append(("llama.cpp", TYPES, self.llama_cpp))
+            engines["llama.cpp"] = self.llama_cpp
         if (self.engines / "vllm" / "bin" / "python").exists():
-            engines.append(("vLLM", DTYPES, self.vllm))
+            engines["vLLM"] = self.vllm
         for how in HOW:
-            for engine, kinds, says in engines:
-                for kind in kinds:
+            for engine, says in engines.items():
+                for kind in KINDS[engine]:
                     yield f"{engine}|{kind}|{how}", partial(says, kind, how)
 
 
@@ -208,7 +209,7 @@ def table(results: dict[str, Any], rows: Rows, failures: int, names: list[str]) 
         f"| engine | matrices of the base | without it | {' | '.join(names)} |",
         f"| {' | '.join(['---'] * (3 + len(names)))} |",
     ]
-    for engine, kind in dict.fromkeys(tuple(key.split("|")[:2]) for key in results if "|" in key):
+    for engine, kind in (line.split("|") for line in LINES if f"{line}|{HOW[0]}" in results):
         said = [results.get(f"{engine}|{kind}|{how}", {}) for how in HOW]
         before = exact(rows, said[0]["alone"])
         cells = [
@@ -261,7 +262,12 @@ def main() -> None:
     )
     options.add_argument("--patches", type=Path, nargs="+", default=[], help="measure these instead of repairing")
     options.add_argument("--engines", type=Path, default=Path(".engines"), help="holds llama.cpp/ and vllm/")
-    options.add_argument("--only", default="", help="lines with this in their names: engine|precision|LoRA or merged")
+    options.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="lines named so: engine|precision|LoRA or merged, or a part",
+    )
     options.add_argument("--arguments", type=json.loads, default={}, help="RepairArguments fields as JSON")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", type=Path, required=True, help="results; an existing file is gone on with")
@@ -284,8 +290,10 @@ def main() -> None:
         return make_patch(base, tokenizer, failures, retained, arguments, harm, served.patch(name))
 
     units = [(f"repair {name}", partial(made, name)) for name in ([] if given.patches else given.repairs)]
-    lines = [(name, unit) for name, unit in served.lines() if given.only in name]
-    run_units([*units, *lines], state, given.json, desc="parts")
+    lines = list(served.lines())
+    # first what was named first
+    chosen = {name: unit for part in given.only for name, unit in lines if part in name}
+    run_units([*units, *chosen.items()], state, given.json, desc="parts")
     print(table(state["results"], failures + retained, len(failures), served.names))
 
 
