@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
-from peft_star import RepairArguments, repair
+from peft_star import RepairArguments, StarConfig, repair
 from peft_star.engine.arithmetic import BF16, FP32, Q8_0, Arithmetic
 from peft_star.engine.engine import Engine
 from peft_star.engine.predictions import Predictions
@@ -18,7 +20,7 @@ from peft_star.method.verify import Case
 from support.byte_llama import build_model
 from support.gguf_models import write_llama
 from support.tiny_models import tiny_llama
-from support.words import QUIET, ROWS, star, word_tokenizer
+from support.words import QUIET, ROWS, decided, star, word_tokenizer
 
 
 def seen(*gaps):
@@ -62,6 +64,32 @@ def test_a_short_type_is_held_against_float32(dtype):
     """Engines that compute in it round otherwise than each other, and a model beside itself moves nothing."""
     assert arithmetics(tiny_llama(dtype=dtype), ("base",)) == {"fp32": FP32}
     assert arithmetics(tiny_llama(dtype=dtype), ("base", "fp32")) == {"fp32": FP32}
+
+
+@pytest.mark.parametrize("kind", ["packed", "offloaded", "flagged"])
+def test_a_quantised_or_offloaded_base_is_not_computed_in_another_type(kind):
+    model = tiny_llama(dtype=torch.bfloat16)
+    if kind == "packed":
+        packed = torch.zeros(16, 40, dtype=torch.uint8)
+        model.model.layers[0].mlp.down_proj.weight = nn.Parameter(packed, requires_grad=False)
+    elif kind == "offloaded":
+        model.model.layers[0].mlp.down_proj.to("meta")
+    else:
+        model.is_quantized = True
+    assert arithmetics(model, ("base",)) == {}
+    # what is asked for by name is tried
+    assert arithmetics(model, ("fp32",)) == {"fp32": FP32}
+
+
+def test_a_repair_in_bfloat16_has_margins():
+    """By default, and wide enough to hold in float32, too."""
+    found = {}
+    for served in ((), ("base",)):
+        base = decided("llama").to(torch.bfloat16)
+        model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0))
+        found[served] = repair(model, word_tokenizer(), ROWS, RepairArguments(**QUIET, serve=served))
+    assert found["base",].success and [row.served_after for row in found[()].rows] == [{}, {}]
+    assert all(row.served_after == {"fp32": True} for row in found["base",].rows)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ def computing(model: nn.Module, arithmetic: Arithmetic) -> Iterator[None]:
         yield
 
 
+def computes_in_other_types(model: nn.Module) -> bool:
+    """Whether all that the model holds can be lent in another type: nothing is quantised, offloaded or sharded."""
+    adapters = _adapters(model)
+    held = (p for module in model.modules() if module not in adapters for p in module._parameters.values())
+    return not getattr(model, "is_quantized", False) and all(_is_plain(p) for p in held if p is not None)
+
+
 def in_arithmetic(batch: Batch, arithmetic: Arithmetic) -> Batch:
     """The batch as a model that computes so takes it: a mask of packed sequences is of the type of hidden states."""
     if batch.segments is None or arithmetic.dtype is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..engine.arithmetic import ARITHMETICS, BF16, FP16, FP32, Arithmetic, predict_in
+from ..engine.arithmetic import ARITHMETICS, BF16, FP16, FP32, Arithmetic, computes_in_other_types, predict_in
 from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.predictions import Predictions
@@ -58,16 +58,23 @@ class Serving:
 def arithmetics(model: Any, names: Sequence[str]) -> dict[str, Arithmetic]:
     """What the names of `RepairArguments.serve` stand for, but for what the model computes in anyway.
 
-    Of a base in a short type, that is float32 ("fp32"): engines that compute in one short type differ from each other
-    about as much as from it, and the model beside itself would show nothing.
+    The base's own arithmetic is that of its `.gguf` file. Of a base in a short type it is float32 ("fp32"): engines
+    that compute in one short type differ from each other about as much as from it, and the model beside itself would
+    show nothing. Of a quantised base there is none: what its layers are given must be of their type.
     """
     found, dtype = {}, model.get_input_embeddings().weight.dtype
     for name in names:
-        own = FP32 if dtype in (BF16.dtype, FP16.dtype) else None
-        arithmetic = products_of(model) or own if name == "base" else ARITHMETICS[name]
+        arithmetic = _own(model, dtype) if name == "base" else ARITHMETICS[name]
         if arithmetic is not None and (arithmetic.dtype != dtype or arithmetic.blocks):
             found[arithmetic.name if name == "base" else name] = arithmetic
     return found
+
+
+def _own(model: Any, dtype: torch.dtype) -> Arithmetic | None:
+    products = products_of(model)
+    if products is None and dtype in (BF16.dtype, FP16.dtype) and computes_in_other_types(model):
+        return FP32
+    return products
 
 
 def movements(*looks: tuple[Predictions, Under]) -> torch.Tensor | None:
