@@ -1,4 +1,5 @@
-"""What llama.cpp says with a `.gguf` model, and with a LoRA of it: greedy, on one thread, several rows at once."""
+"""What llama.cpp says with a `.gguf` model, and with a LoRA of it, on one thread: greedily, several rows at once, or
+how far apart the logits of given tokens and of their rivals are."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,7 +19,7 @@ from peft_star.sharing.gguf_merge import copy_values
 # rows that are generated at once, as a server does
 PARALLEL = 8
 
-ENGINE = """
+LOADED = """
 import fs from "fs";
 import {getLlama, LlamaCompletion} from "node-llama-cpp";
 const {model: modelPath, lora, rows, length, parallel, out} = JSON.parse(fs.readFileSync(process.argv[2], "utf8"));
@@ -25,7 +27,9 @@ const llama = await getLlama({gpu: false, build: "never", maxThreads: 1});
 const model = await llama.loadModel({modelPath});
 const sequences = Math.min(rows.length, parallel);
 const context = await model.createContext({contextSize: length, sequences, threads: 1, ...(lora ? {lora} : {})});
-const texts = [];
+const found = [];
+"""
+SAYS = """
 let next = 0;
 async function serve() {
   const contextSequence = context.getSequence(), generator = new LlamaCompletion({contextSequence});
@@ -33,12 +37,28 @@ async function serve() {
     const row = next++, [prompt, maxTokens] = rows[row];
     // without saying so, tokens that were said before are made less likely
     const greedily = {maxTokens, temperature: 0, repeatPenalty: false};
-    texts[row] = await generator.generateCompletion(model.tokenize(prompt, false), greedily);
+    found[row] = await generator.generateCompletion(model.tokenize(prompt, false), greedily);
     await contextSequence.clearHistory();
   }
 }
 await Promise.all(Array.from({length: sequences}, serve));
-fs.writeFileSync(out, JSON.stringify(texts));
+"""
+GAPS = """
+const contextSequence = context.getSequence();
+for (const [tokens, start] of rows) {
+  const wanted = (at) => ({generateNext: {logits: {filter: {tokens: [tokens[at + 1]], includeTop: 2}}}});
+  const input = tokens.slice(0, -1).map((token, at) => at + 1 < start ? token : [token, wanted(at)]);
+  const outputs = await contextSequence.controlledEvaluate(input);
+  found.push(tokens.slice(start).map((expected, number) => {
+    const logits = outputs[start - 1 + number].next.logits;
+    const others = [...logits].filter(([token]) => token !== expected).map(([, logit]) => logit);
+    return logits.get(expected) - Math.max(...others);
+  }));
+  await contextSequence.clearHistory();
+}
+"""
+DONE = """
+fs.writeFileSync(out, JSON.stringify(found));
 process.exit(0);
 """
 
@@ -73,11 +93,41 @@ def says(
     Raises:
         RuntimeError: llama.cpp ended with an error, whose last lines are the message.
     """
+    return _run(engine, SAYS, model, lora, list(rows), length, PARALLEL)
+
+
+def gaps(
+    engine: Path,
+    model: Path,
+    rows: Sequence[tuple[Sequence[int], int]],
+    lora: Path | None = None,
+    length: int = 1024,
+) -> list[list[float]]:
+    """How far apart the logits of each row's tokens, from one on, and of the likeliest other tokens are, given what
+    stands before them.
+
+    Args:
+        engine: Where node-llama-cpp is installed.
+        model: A `.gguf` file.
+        rows: Tokens, and the number of the first that is looked at.
+        lora: A `.gguf` file of a LoRA.
+        length: The most tokens that a row may have.
+
+    Raises:
+        RuntimeError: llama.cpp ended with an error, whose last lines are the message.
+    """
+    return _run(engine, GAPS, model, lora, [(list(tokens), start) for tokens, start in rows], length, 1)
+
+
+def _run(
+    engine: Path, work: str, model: Path, lora: Path | None, rows: list[Any], length: int, parallel: int
+) -> list[Any]:
+    """What a piece of a script finds."""
     with tempfile.TemporaryDirectory(dir=engine) as folder:  # there the script finds the package
-        script, job, out = (Path(folder).resolve() / name for name in ("run.mjs", "job.json", "texts.json"))
-        script.write_text(ENGINE)
+        script, job, out = (Path(folder).resolve() / name for name in ("run.mjs", "job.json", "found.json"))
+        script.write_text(LOADED + work + DONE)
         paths = {"model": str(model.resolve()), "lora": lora and str(lora.resolve()), "out": str(out)}
-        job.write_text(json.dumps({**paths, "length": length, "parallel": PARALLEL, "rows": list(rows)}))
+        job.write_text(json.dumps({**paths, "length": length, "parallel": parallel, "rows": rows}))
         run = subprocess.run(["node", script, job], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if run.returncode or not out.is_file():
             raise RuntimeError(f"llama.cpp ended with {run.returncode}: {run.stderr[-3000:]}")

@@ -4,13 +4,13 @@
     python benchmarks/serving.py --model MODEL.gguf --failures examples/failures.jsonl --retain examples/retain.jsonl \
         --engines engines --json serving.json
 
-Repairs the rows with `serve=()`, with the default, and for all of the types below, or measures finished patches
-(`--patches`). Then transformers, llama.cpp and vLLM generate with each patch, greedily and on a CPU: as a LoRA (in
-transformers as the adapter that it is) and merged. A row is exact when what is generated begins with its completion.
-Of the retained rows those count that an engine has right without the patch. With `--data DIR --rows 8` the rows are
-the paper's, so many of each task. Engines that are not installed are left out. Harm is the mean KL divergence from the
-unpatched model on 256 tokens of the Apache licence. Finished parts are kept in the JSON file, and patches beside it:
-an interrupted run goes on from there.
+Repairs the rows with `serve=()`, with the default, and for all of the types below (`--repairs` names some of these),
+or measures finished patches (`--patches`). Then transformers, llama.cpp and vLLM generate with each patch, greedily
+and on a CPU: as a LoRA (in transformers as the adapter that it is) and merged. A row is exact when what is generated
+begins with its completion. Of the retained rows those count that an engine has right without the patch. With
+`--data DIR --rows 8` the rows are the paper's, so many of each task. Engines that are not installed are left out.
+Harm is the mean KL divergence from the unpatched model on 256 tokens of the Apache licence. Finished parts are kept in
+the JSON file, and patches beside it: an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ SERVE: dict[str, tuple[str, ...]] = {
 DTYPES = ("float32", "bfloat16")
 TYPES = ("as the file is", "Q8_0", "F16", "BF16", "F32")
 HOW = ("LoRA", "merged")
+KINDS = {"transformers": DTYPES, "llama.cpp": TYPES, "vLLM": DTYPES}
+# the lines of the table in their order
+LINES = [f"{engine}|{kind}" for engine, kinds in KINDS.items() for kind in kinds]
 # a completion's last token may be one with what comes next
 BEHIND = 3
 
@@ -60,20 +63,18 @@ class Served:
     Attributes:
         rows: The failures, then the retained rows.
         folder: Holds the patches and the base in other formats.
+        names: What the patches are called.
     """
 
     def __init__(self, given: argparse.Namespace, rows: Rows, tokenizer: Any):
         self.model, self.engines, self.folder = given.model, given.engines, given.json.with_suffix(".work")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.given_patches = {path.name: path for path in given.patches}
+        self.names = list(self.given_patches or given.repairs)
         self.asked = questions(rows, tokenizer)
         longest = max(len(tokenizer(prompt)["input_ids"]) + tokens for prompt, tokens in self.asked)
         self.length = -(-(longest + 1) // 256) * 256
         self.tokenizer = tokenizer
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.given_patches or SERVE)
 
     def patch(self, name: str) -> Path:
         """A patch's directory."""
@@ -147,16 +148,14 @@ class Served:
 
     def lines(self) -> Iterator[tuple[str, Callable[[], Said]]]:
         """By "engine|precision|how" what fills a line of the table, for the engines that are there."""
-        engines: list[tuple[str, tuple[str, ...], Callable[[str, str], Said]]] = [
-            ("transformers", DTYPES, self.transformers)
-        ]
+        engines: dict[str, Callable[[str, str], Said]] = {"transformers": self.transformers}
         if Path(self.model).suffix == ".gguf" and (self.engines / "llama.cpp" / "node_modules").is_dir():
-            engines.append(("llama.cpp", TYPES, self.llama_cpp))
+            engines["llama.cpp"] = self.llama_cpp
         if (self.engines / "vllm" / "bin" / "python").exists():
-            engines.append(("vLLM", DTYPES, self.vllm))
+            engines["vLLM"] = self.vllm
         for how in HOW:
-            for engine, kinds, says in engines:
-                for kind in kinds:
+            for engine, says in engines.items():
+                for kind in KINDS[engine]:
                     yield f"{engine}|{kind}|{how}", partial(says, kind, how)
 
 
@@ -210,7 +209,7 @@ def table(results: dict[str, Any], rows: Rows, failures: int, names: list[str]) 
         f"| engine | matrices of the base | without it | {' | '.join(names)} |",
         f"| {' | '.join(['---'] * (3 + len(names)))} |",
     ]
-    for engine, kind in dict.fromkeys(tuple(key.split("|")[:2]) for key in results if "|" in key):
+    for engine, kind in (line.split("|") for line in LINES if f"{line}|{HOW[0]}" in results):
         said = [results.get(f"{engine}|{kind}|{how}", {}) for how in HOW]
         before = exact(rows, said[0]["alone"])
         cells = [
@@ -258,9 +257,17 @@ def main() -> None:
     source.add_argument("--data", type=Path, help="folder with conala/, ia32/, tldr/, whose rows are repaired")
     options.add_argument("--rows", type=int, default=8, help="rows of each task")
     options.add_argument("--retain", type=Path, help="JSON Lines of rows to retain")
+    options.add_argument(
+        "--repairs", nargs="+", default=list(SERVE), choices=SERVE, metavar="NAME", help=f"some of: {'; '.join(SERVE)}"
+    )
     options.add_argument("--patches", type=Path, nargs="+", default=[], help="measure these instead of repairing")
     options.add_argument("--engines", type=Path, default=Path(".engines"), help="holds llama.cpp/ and vllm/")
-    options.add_argument("--only", default="", help="lines with this in their names: engine|precision|LoRA or merged")
+    options.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="lines named so: engine|precision|LoRA or merged, or a part",
+    )
     options.add_argument("--arguments", type=json.loads, default={}, help="RepairArguments fields as JSON")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", type=Path, required=True, help="results; an existing file is gone on with")
@@ -276,15 +283,17 @@ def main() -> None:
     harm, warm = Harm(base, tokenizer), []
 
     def made(name: str) -> dict[str, Any]:
-        if not warm:  # what is found out once for each model is none of the three repairs' cost
+        if not warm:  # what is found out once for each model is none of the repairs' cost
             make_patch(base, tokenizer, failures[:1], [], {"serve": ()}, harm, served.folder / "warm")
             warm.append(name)
         arguments = {**given.arguments, "serve": SERVE[name]}
         return make_patch(base, tokenizer, failures, retained, arguments, harm, served.patch(name))
 
-    units = [(f"repair {name}", partial(made, name)) for name in ([] if given.patches else SERVE)]
-    lines = [(name, unit) for name, unit in served.lines() if given.only in name]
-    run_units([*units, *lines], state, given.json, desc="parts")
+    units = [(f"repair {name}", partial(made, name)) for name in ([] if given.patches else given.repairs)]
+    lines = list(served.lines())
+    # first what was named first
+    chosen = {name: unit for part in given.only for name, unit in lines if part in name}
+    run_units([*units, *chosen.items()], state, given.json, desc="parts")
     print(table(state["results"], failures + retained, len(failures), served.names))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import peft_star.engine.arithmetic as arithmetic_module
 from peft_star.engine.arithmetic import (
     BF16,
     FP16,
@@ -46,6 +47,27 @@ def test_blocks_are_those_of_llama_cpp():
     assert round_blocks(values, 96)[1].unique().numel() <= 255 and not torch.equal(
         round_blocks(values, 96), round_blocks(values, 32)
     )
+
+
+def test_what_several_products_read_is_rounded_once(monkeypatch):
+    """Attention's three and a gated FFN's two, and not what was changed in place since."""
+    model, rounded = tiny_llama(), []
+
+    def counted(values, size):
+        rounded.append(values.shape[-1])
+        return round_blocks(values, size)
+
+    monkeypatch.setattr(arithmetic_module, "round_blocks", counted)
+    with computing(model, INPUTS):
+        found = logits(model)
+    assert len(rounded) == 4 * model.config.num_hidden_layers + 1
+    with computing(model, INPUTS), torch.inference_mode():
+        assert torch.equal(found, model(input_ids=tokens()).logits)
+    layer, values = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(8)
+    with torch.no_grad(), computing(layer, INPUTS):
+        before = layer[0](values)
+        after = layer[0](values.mul_(2))
+    assert torch.allclose(after - layer[0].bias, 2 * (before - layer[0].bias))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon", "llama-tied"])

@@ -73,6 +73,22 @@ def test_what_does_not_hold_is_pushed_until_it_does(tokenizer):
     assert (then.predictions.gap[short] > 1).all() and (then.predictions.gap[short] < 10).all()
 
 
+def test_callbacks_hear_of_no_more_solved_than_are_pushed(tokenizer):
+    told = []
+
+    def listening(run, goal, traced):
+        state = run.journal.state
+        told.append((state.num_solved, state.num_failures, int(goal.task.medium.sum())))
+        after = patch_traced(run, goal, traced)
+        told.append((state.num_solved, state.num_failures, state.num_failures))
+        return after
+
+    holding(tokenizer, 1.0, patch=listening)
+    assert told and all(solved <= failures == pushed for solved, failures, pushed in told)
+    # what was solved before is not what has to be solved, and in the end all of it is
+    assert told[0][0] < told[0][1] and told[-1][0] == told[-1][1]
+
+
 def test_retained_tokens_that_break_only_there_are_put_right(tokenizer):
     retained = own_continuations(tokenizer)[:4]
     before, now, then, *_ = holding(tokenizer, 1.0, retained)

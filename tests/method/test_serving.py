@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
-from peft_star import RepairArguments, repair
-from peft_star.engine.arithmetic import BF16, Q8_0, Arithmetic
+from peft_star import RepairArguments, StarConfig, repair
+from peft_star.engine.arithmetic import BF16, FP32, Q8_0, Arithmetic
 from peft_star.engine.engine import Engine
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import encode_rows
@@ -18,7 +20,7 @@ from peft_star.method.verify import Case
 from support.byte_llama import build_model
 from support.gguf_models import write_llama
 from support.tiny_models import tiny_llama
-from support.words import QUIET, ROWS, star, word_tokenizer
+from support.words import QUIET, ROWS, decided, star, word_tokenizer
 
 
 def seen(*gaps):
@@ -30,15 +32,15 @@ def seen(*gaps):
 def test_movements_are_those_of_the_token_and_of_all():
     here = seen(1.0, 1.0, 1.0, 1.0)
     moved = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0)}))
-    # squares 0, 0, 0, 4 with a mean of 1
-    torch.testing.assert_close(moved, torch.tensor([0.5, 0.5, 0.5, 2.5]).sqrt())
+    # squares 0, 0, 0, 4 with a mean of 1, which counts twice
+    torch.testing.assert_close(moved, torch.tensor([2.0, 2.0, 2.0, 6.0]).div(3).sqrt())
     torch.testing.assert_close(needed_gaps((here, {"a": seen(1.0, 1.0, 1.0, 3.0)})), serving.AIMED * moved)
     # the arithmetic that moves most counts, token by token
-    both = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0), "b": seen(2.0, 1.0, 1.0, 1.0)}))
-    torch.testing.assert_close(both, torch.tensor([0.625, 0.5, 0.5, 2.5]).sqrt())
+    both = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0), "b": seen(3.0, 1.0, 1.0, 1.0)}))
+    torch.testing.assert_close(both, torch.tensor([6.0, 2.0, 2.0, 6.0]).div(3).sqrt())
     # of several looks each is one draw
     twice = movements((here, {"a": seen(1.0, 1.0, 1.0, 3.0)}), (here, {"a": seen(1.0, 1.0, 3.0, 1.0)}))
-    torch.testing.assert_close(twice, torch.tensor([1.0, 1.0, 5.0, 5.0]).div(3).sqrt())
+    torch.testing.assert_close(twice, torch.tensor([2.0, 2.0, 6.0, 6.0]).div(4).sqrt())
     assert movements((here, {})) is None and needed_gaps((here, {})) is None
 
 
@@ -53,8 +55,41 @@ def test_failures_are_what_is_wrong_or_right_by_too_little():
 
 def test_what_the_model_computes_in_anyway_is_left_out():
     assert arithmetics(tiny_llama(), ("base", "fp32", "bf16", "q8_0")) == {"bf16": BF16, "q8_0": Q8_0}
-    assert list(arithmetics(tiny_llama(dtype=torch.bfloat16), ("base", "fp32", "bf16"))) == ["fp32"]
+    assert list(arithmetics(tiny_llama(dtype=torch.bfloat16), ("fp32", "bf16"))) == ["fp32"]
     assert arithmetics(tiny_llama(), ()) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_short_type_is_held_against_float32(dtype):
+    """Engines that compute in it round otherwise than each other, and a model beside itself moves nothing."""
+    assert arithmetics(tiny_llama(dtype=dtype), ("base",)) == {"fp32": FP32}
+    assert arithmetics(tiny_llama(dtype=dtype), ("base", "fp32")) == {"fp32": FP32}
+
+
+@pytest.mark.parametrize("kind", ["packed", "offloaded", "flagged"])
+def test_a_quantised_or_offloaded_base_is_not_computed_in_another_type(kind):
+    model = tiny_llama(dtype=torch.bfloat16)
+    if kind == "packed":
+        packed = torch.zeros(16, 40, dtype=torch.uint8)
+        model.model.layers[0].mlp.down_proj.weight = nn.Parameter(packed, requires_grad=False)
+    elif kind == "offloaded":
+        model.model.layers[0].mlp.down_proj.to("meta")
+    else:
+        model.is_quantized = True
+    assert arithmetics(model, ("base",)) == {}
+    # what is asked for by name is tried
+    assert arithmetics(model, ("fp32",)) == {"fp32": FP32}
+
+
+def test_a_repair_in_bfloat16_has_margins():
+    """By default, and wide enough to hold in float32, too."""
+    found = {}
+    for served in ((), ("base",)):
+        base = decided("llama").to(torch.bfloat16)
+        model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_neurons=8, num_layers=1.0))
+        found[served] = repair(model, word_tokenizer(), ROWS, RepairArguments(**QUIET, serve=served))
+    assert found["base",].success and [row.served_after for row in found[()].rows] == [{}, {}]
+    assert all(row.served_after == {"fp32": True} for row in found["base",].rows)
 
 
 @pytest.mark.parametrize(

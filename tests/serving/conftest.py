@@ -43,12 +43,12 @@ def exact(rows: list[dict]) -> Callable[[list[str]], list[bool]]:
 
 @pytest.fixture(scope="session")
 def served_patch(smollm2_gguf: Path, rows: list[dict], once: Callable[..., Path]) -> Path:
-    """SmolLM2 repaired for every arithmetic that the tests serve it in."""
+    """SmolLM2 repaired as it is by default: for the types of its file, with room for the others it is served in."""
 
     def fill(directory: Path) -> None:
         base, tokenizer = load_model(smollm2_gguf)
         model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM"))
-        arguments = RepairArguments(serve=("base", "bf16", "q8_0"), disable_tqdm=True)
+        arguments = RepairArguments(disable_tqdm=True)
         report = repair(model, tokenizer, rows, arguments, retain=read_rows(ROOT / "examples" / "retain.jsonl"))
         assert report.success, report.to_markdown()
         model.save_pretrained(directory)

@@ -260,9 +260,9 @@ def test_a_module_whose_name_ends_another_ones(tmp_path):
 
 
 def test_large_rank_and_hub_base_in_the_card(tmp_path):
-    base = tiny_llama(intermediate_size=600)
+    base = tiny_llama(intermediate_size=600, hidden_size=640)
     base.config._name_or_path = "someone/some-model"
-    model = get_peft_model(base, StarConfig(num_neurons=1.0))
+    model = get_peft_model(base, StarConfig(num_neurons=1.0, init_weights=False))
     model.peft_config["default"].base_model_name_or_path = "someone/some-model"
     export_lora(model, tmp_path / "lora")
     card = (tmp_path / "lora" / "README.md").read_text()
@@ -270,6 +270,39 @@ def test_large_rank_and_hub_base_in_the_card(tmp_path):
     model.peft_config["default"].base_model_name_or_path = str(tmp_path)
     export_lora(model, tmp_path / "lora", overwrite=True)
     assert str(tmp_path) not in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_many_neurons_have_as_many_ranks_as_directions(tmp_path):
+    """vLLM loads no rank above 512, and a delta on 600 neurons that write 16 numbers has 16 directions at most."""
+    model = get_peft_model(tiny_llama(intermediate_size=600), StarConfig(num_neurons=1.0, init_weights=False)).eval()
+    export_lora(model, tmp_path / "lora")
+    width = model.get_base_model().config.hidden_size
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == width
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, layer in star_layers(model.get_base_model(), "default").items():
+        up, down = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in ("B", "A"))
+        torch.testing.assert_close(up @ down, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+    lora = PeftModel.from_pretrained(tiny_llama(intermediate_size=600), tmp_path / "lora").eval()
+    torch.testing.assert_close(lora(tokens()).logits, model(tokens()).logits)
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert f"of rank {width}. It is exact" in card and "as many directions as float32 tells apart" in card
+    assert "--max-lora-rank 16" in card and "one-hot" not in card
+
+
+def test_fewer_directions_in_one_module_are_padded(tmp_path):
+    model = get_peft_model(tiny_llama(intermediate_size=600), StarConfig(num_neurons=1.0, init_weights=False)).eval()
+    layers = star_layers(model.get_base_model(), "default")
+    first = next(iter(layers.values()))
+    with torch.no_grad():
+        first.star_delta["default"][:] = torch.outer(torch.randn(600), torch.randn(first.out_features))
+    export_lora(model, tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    downs = [values for name, values in tensors.items() if "lora_A" in name]
+    assert len({values.shape for values in downs}) == 1
+    assert sorted(int(values.any(dim=1).sum()) for values in downs)[0] == 1
+    for name, layer in layers.items():
+        up, down = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in ("B", "A"))
+        torch.testing.assert_close(up @ down, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
 
 
 # widths

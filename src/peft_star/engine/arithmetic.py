@@ -61,7 +61,7 @@ def computing(model: nn.Module, arithmetic: Arithmetic) -> Iterator[None]:
         model: A causal LM in evaluation mode, with or without adapters.
         arithmetic: How it is to compute.
     """
-    adapters = _adapters(model)
+    adapters, last = _adapters(model), _Rounded()
     with ExitStack() as stack:
         for module in model.modules():
             held_by = {} if module in adapters else module._parameters
@@ -75,8 +75,15 @@ def computing(model: nn.Module, arithmetic: Arithmetic) -> Iterator[None]:
             features = _features(module)
             size = None if features is None else arithmetic.block(features)
             if size is not None:
-                stack.callback(module.register_forward_pre_hook(partial(_round_input, size)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(_round_input, size, last)).remove)
         yield
+
+
+def computes_in_other_types(model: nn.Module) -> bool:
+    """Whether all that the model holds can be lent in another type: nothing is quantised, offloaded or sharded."""
+    adapters = _adapters(model)
+    held = (p for module in model.modules() if module not in adapters for p in module._parameters.values())
+    return not getattr(model, "is_quantized", False) and all(_is_plain(p) for p in held if p is not None)
 
 
 def in_arithmetic(batch: Batch, arithmetic: Arithmetic) -> Batch:
@@ -166,5 +173,23 @@ def _take_back(held: list[dict[str, nn.Parameter]], module: nn.Module, args, out
         module._parameters.update(held.pop())
 
 
-def _round_input(size: int, module: nn.Module, args: tuple) -> tuple:
-    return (round_blocks(args[0], size), *args[1:])
+@dataclass
+class _Rounded:
+    """The last product's input and what it was rounded to: the matrices of attention read one input, and so do those
+    of a gated FFN."""
+
+    given: torch.Tensor | None = None
+    state: tuple[int, int] = (0, 0)
+    values: torch.Tensor | None = None
+
+    def of(self, given: torch.Tensor, size: int) -> torch.Tensor:
+        if given.is_inference():  # whether it was changed in place cannot be told
+            return round_blocks(given, size)
+        state = given._version, size
+        if self.values is None or self.given is not given or self.state != state:
+            self.given, self.state, self.values = given, state, round_blocks(given, size)
+        return self.values
+
+
+def _round_input(size: int, last: _Rounded, module: nn.Module, args: tuple) -> tuple:
+    return (last.of(args[0], size), *args[1:])

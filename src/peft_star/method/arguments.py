@@ -78,9 +78,10 @@ class RepairArguments:
             again without reaching beyond its rows, and then without the rows that cost most, which are reported. 1:
             as many as it takes. Without `background` nothing is measured.
         serve (`tuple[str, ...]`): The arithmetics of what will serve the model: `"bf16"`, `"fp16"`, `"fp32"`,
-            `"q8_0"` (llama.cpp's 8-bit blocks), or `"base"`: the base's own data type or, where `load_model` read it
-            from a `.gguf` file, that of the file, with activations as llama.cpp rounds them. Failures get the margins
-            that they need to hold in each, and the report says whether they do. An empty tuple: the model's own alone.
+            `"q8_0"` (llama.cpp's 8-bit blocks), or `"base"`: the base's own data type (one of 16 bits is held against
+            float32, since engines round in it each in its way) or, where `load_model` read it from a `.gguf` file,
+            that of the file, with activations as llama.cpp rounds them. Failures get the margins that they need to
+            hold in each, and the report says whether they do. An empty tuple: the model's own alone.
         verify_generation (`bool`, optional): Also generate greedily from all rows, before and after, and compare with
             the completions. From a row all of whose tokens are right teacher-forced its completion is generated, so
             without it the report says the same, but for the texts of wrong rows behind their first wrong token. False:

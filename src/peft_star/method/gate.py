@@ -19,7 +19,6 @@ from torch import nn
 from ..engine.batch import Batch, completion_offsets
 from ..engine.replay import Replay
 from ..evaluation.own_texts import Heard, TextsHarm, hear, texts_harm
-from ..models.fingerprint import fingerprint
 from .subject import Run
 from .trace import Trace, trace
 from .unfinished import AdapterState
@@ -146,7 +145,7 @@ def _voice(run: Run) -> tuple[dict[Batch, Heard], Replay]:
     """What the base says in those of its own texts that no patch is solved by, and what its lower layers do there;
     found out once for each model."""
     model, lowest = run.subject.base, next(iter(run.subject.decoder_layers))
-    key = fingerprint(model), lowest, run.args.max_batch_tokens
+    key = run.subject.fingerprint, lowest, run.args.max_batch_tokens
     if model in _VOICES and _VOICES[model][0] == key:
         return _VOICES[model][1:]
     replay, texts = Replay(model, lowest), run.own_texts().measured

@@ -58,6 +58,9 @@ def hold(
         kept = {name: (layer.neurons, layer.delta.detach().clone()) for name, layer in run.subject.held().items()}
         with run.journal.phase("trace", run.engine.team.rows(goal.batches)):
             traced = trace(run.engine, goal.batches, run.probe(), at=medium, start=goal.before)
+        # callbacks are told of what this round pushes
+        state = run.journal.state
+        state.num_failures, state.num_solved = len(medium), task.num_solved(traced.predictions)
         patch_traced(run, goal, traced)
         then = look_after(run, case, None)
         if _score(case, before, then, gaps) <= _score(case, before, now, gaps):

@@ -16,7 +16,6 @@ from ..engine.passes import predict
 from ..engine.predictions import Predictions
 from ..engine.replay import Replay
 from ..failures import Row
-from ..models.fingerprint import fingerprint
 from ..report import RepairReport
 from ..row_checks import check_contradictions
 from ..sharing.entries import SOURCES
@@ -134,7 +133,7 @@ def _repair(
             if run.engine.team.size > 1:
                 raise
             interrupted = error
-        subject.config.base_fingerprint = fingerprint(subject.base)
+        subject.config.base_fingerprint = subject.fingerprint
         generate = args.verify_generation if not interrupted else False
         # what was seen last was seen in every arithmetic, and nothing has changed since
         seen_now = look_after(run, case, None) if after is None else after

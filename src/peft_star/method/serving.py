@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from ..engine.arithmetic import ARITHMETICS, Arithmetic, predict_in
+from ..engine.arithmetic import ARITHMETICS, BF16, FP16, FP32, Arithmetic, computes_in_other_types, predict_in
 from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.predictions import Predictions
 from .gguf_products import products_of
 
 # a gap is made so many times as wide as rounding is seen to move it, and is wide enough at so many times
-AIMED, ENOUGH = 4.0, 3.0
+AIMED, ENOUGH = 5.5, 4.0
+# for how many of a token's own movements the mean square of all counts
+PRIOR = 2.0
 # rounds in which what does not hold is pushed further
 ROUNDS = 3
 
@@ -54,14 +56,25 @@ class Serving:
 
 
 def arithmetics(model: Any, names: Sequence[str]) -> dict[str, Arithmetic]:
-    """What the names of `RepairArguments.serve` stand for, but for what the model computes in anyway."""
-    found = {}
+    """What the names of `RepairArguments.serve` stand for, but for what the model computes in anyway.
+
+    The base's own arithmetic is that of its `.gguf` file. Of a base in a short type it is float32 ("fp32"): engines
+    that compute in one short type differ from each other about as much as from it, and the model beside itself would
+    show nothing. Of a quantised base there is none: what its layers are given must be of their type.
+    """
+    found, dtype = {}, model.get_input_embeddings().weight.dtype
     for name in names:
-        arithmetic = products_of(model) if name == "base" else ARITHMETICS[name]
-        dtype = model.get_input_embeddings().weight.dtype
+        arithmetic = _own(model, dtype) if name == "base" else ARITHMETICS[name]
         if arithmetic is not None and (arithmetic.dtype != dtype or arithmetic.blocks):
-            found[name] = arithmetic
+            found[arithmetic.name if name == "base" else name] = arithmetic
     return found
+
+
+def _own(model: Any, dtype: torch.dtype) -> Arithmetic | None:
+    products = products_of(model)
+    if products is None and dtype in (BF16.dtype, FP16.dtype) and computes_in_other_types(model):
+        return FP32
+    return products
 
 
 def movements(*looks: tuple[Predictions, Under]) -> torch.Tensor | None:
@@ -69,7 +82,7 @@ def movements(*looks: tuple[Predictions, Under]) -> torch.Tensor | None:
     deviation in the arithmetic that moves it most. None: there is none but the model's own.
 
     What rounding does to one token differs from patch to patch, and from engine to engine of one type, like a draw
-    from a distribution. So a token's own movements, one in each look, count as much as one of the mean size of all.
+    from a distribution. So with a token's own movements, one in each look, go `PRIOR` of the mean size of all.
 
     Args:
         looks: What was said in the model's own arithmetic and in the others.
@@ -77,7 +90,7 @@ def movements(*looks: tuple[Predictions, Under]) -> torch.Tensor | None:
     most = None
     for name in looks[0][1]:
         draws = torch.stack([(under[name].gap - here.gap).square() for here, under in looks])
-        moved = ((draws.sum(dim=0) + draws.mean()) / (len(looks) + 1)).sqrt()
+        moved = ((draws.sum(dim=0) + PRIOR * draws.mean()) / (len(looks) + PRIOR)).sqrt()
         most = moved if most is None else torch.maximum(most, moved)
     return most
 

@@ -16,7 +16,7 @@ from ..engine.engine import Engine
 from ..engine.own_texts import OwnTexts, own_texts
 from ..failures import Row, encode_rows
 from ..models import structure
-from ..models.fingerprint import check_base
+from ..models.fingerprint import check_base, fingerprint
 from ..models.inputs import context_length
 from ..models.names import plain_name
 from ..tuner.config import StarConfig
@@ -118,6 +118,11 @@ class Subject:
     def bases(self) -> SemanticBases:
         """The LM head's semantic bases, factored when they are first asked for."""
         return semantic_bases(self.base)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The base's, read when it is first asked for: a repair does not touch the base."""
+        return fingerprint(self.base)
 
     def layers(self) -> dict[str, StarLayer]:
         """The layers that hold the adapter now, in order of depth."""

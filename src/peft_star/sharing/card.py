@@ -234,14 +234,20 @@ def lora_card(rank: int, counts: Sequence[int], base: str | None) -> str:
     fields = {**({"base_model": base} if base else {}), "library_name": "peft", "tags": ["lora", "peft-star"]}
     vllm = next((f"--max-lora-rank {choice}" for choice in _VLLM_RANKS if rank <= choice), None)
     vllm = f"start the server with `--enable-lora {vllm}`" if vllm else f"rank {rank} is more than it can load"
-    padding = " Modules with fewer neurons are padded with zeros to that rank." if len(set(counts)) > 1 else ""
+    form, padding = (
+        "`lora_A` holds the\none-hot selectors of the patched neurons and `lora_B` what is added to them.",
+        "",
+    )
+    if rank < max(counts):
+        form = "`lora_B` times\n`lora_A` is what is added to them, in as many directions as float32 tells apart."
+    elif len(set(counts)) > 1:
+        padding = " Modules with fewer neurons are padded with zeros to that rank."
     return f"""{_header(fields)}
 # A model patch as LoRA
 
 This is a STAR patch of {sum(counts)} neurons in {len(counts)} modules, written by `peft_star` as a plain LoRA adapter
-of rank {rank}. It is exact, not an approximation: a neuron is a column of an FFN's second matrix, `lora_A` holds the
-one-hot selectors of the patched neurons and `lora_B` what is added to them. With `lora_alpha` = `r` the scaling is 1,
-and logits equal those of the original patch up to float rounding.{padding}
+of rank {rank}. It is exact, not an approximation: a neuron is a column of an FFN's second matrix, {form}
+With `lora_alpha` = `r` the scaling is 1, and logits equal those of the original patch up to float rounding.{padding}
 
 It needs PEFT alone:
 

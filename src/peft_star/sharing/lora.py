@@ -2,6 +2,9 @@
 
 Adding delta (k, d) to k columns of W (d, m) is a low-rank update that needs no decomposition: W + B A, where the rows
 of A (k, m) are one-hot selectors of the neurons and B = deltaᵀ (d, k). With lora_alpha = r LoRA's scaling is 1.
+
+A patch of many failures has more neurons than vLLM takes ranks, but hardly more directions than failures were pushed:
+then the delta's singular vectors, up to float32's rounding, make a LoRA that is as exact and shorter.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ from ..models.structure import linear_shape
 from .card import lora_card
 from .download import find_patch
 from .patch_files import CARD_NAME, Patch, check_patch_output, write_adapter
+
+# the highest rank that vLLM loads
+LARGEST = 512
+# what is left out of a delta (Frobenius norm, relative): as much as rounding it to float32 changes
+ROUNDING = 1e-7
 
 
 def patch_to_lora(patch: str | Path, out_dir: str | Path, *, overwrite: bool = False) -> Path:
@@ -51,6 +59,9 @@ def write_lora(
 ) -> Path:
     """Write `patch` as an exact LoRA adapter in PEFT's format.
 
+    Its rank is the most neurons that a module has or, where these are more than `LARGEST`, the most directions that
+    float32 tells apart in a module's delta.
+
     Args:
         patch: The patch.
         out_dir: The directory to write. It appears complete or not at all.
@@ -75,10 +86,13 @@ def write_lora(
     check_patch_output(path, overwrite, inputs=(source,))
 
     counts = [neurons.numel() for neurons in patch.neurons.values()]
-    rank = max(counts)
+    pairs = lora_pairs(patch, widths, max(counts))
+    if max(counts) > LARGEST:
+        pairs = _shortened(pairs)
+    rank = len(next(iter(pairs.values()))[0])
     config = _lora_config(patch, rank, fan_in_fan_out)
     with new_directory(path, overwrite) as temporary:
-        write_adapter(temporary, config, _named(lora_pairs(patch, widths, rank)))
+        write_adapter(temporary, config, _named(pairs))
         card = lora_card(rank, counts, patch.config.get("base_model_name_or_path"))
         (temporary / CARD_NAME).write_text(card, encoding="utf-8")
     return path
@@ -158,6 +172,30 @@ def lora_pairs(patch: Patch, widths: Mapping[str, int], rank: int) -> dict[str, 
         up[:, :count] = delta.T
         pairs[name] = (down, up)
     return pairs
+
+
+def _shortened(
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs (r, m), (d, r) of the lowest rank that is one for all modules and gives the same products up to float32's
+    rounding; the pairs themselves where that is not lower."""
+    short = {}
+    for name, (down, up) in pairs.items():
+        neurons = down.any(dim=0).nonzero()[:, 0]
+        u, sizes, v = torch.linalg.svd((up.double() @ down[:, neurons].double()), full_matrices=False)
+        left_out = sizes.square().flip(0).cumsum(0).flip(0).sqrt()
+        kept = max(1, int((left_out > ROUNDING * sizes.norm()).sum()))
+        short[name] = neurons, v[:kept], u[:, :kept] * sizes[:kept]
+    rank = max(len(v) for _, v, _ in short.values())
+    if rank >= len(next(iter(pairs.values()))[0]):
+        return pairs
+    found = {}
+    for name, (neurons, v, u) in short.items():
+        down, up = torch.zeros(rank, pairs[name][0].shape[1]), torch.zeros(len(u), rank)
+        down[: len(v), neurons] = v.float()
+        up[:, : len(v)] = u.float()
+        found[name] = down, up
+    return found
 
 
 def _named(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
