@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py --model MODEL --data DIR --json scaling.json --plot scaling.png
 
-- failures: seconds of a repair of 1,000 failing tokens by those of 100, on rows without demonstrations.
+- failures: seconds of a repair of 1,000 failing tokens by those of 100, on rows without demonstrations, with all of
+  them solved (`max_harm=1`).
 - memory: peak memory of a repair of one batch of rows, and of all rows of the largest number of failures, by that of
   one forward-backward of this batch. Both read the head at completion tokens only. "frozen" differentiates the hidden
   states alone, "trained" all weights, too.
@@ -86,7 +87,7 @@ def load(model: str, device: str | None = None):
 
 
 def repaired(base, tokenizer, rows: list[dict[str, str]], clock: str) -> dict[str, Any]:
-    star = Star("star")
+    star = Star("star", max_harm=1.0)
     with star.install(base) as model:
         start = CLOCKS[clock]()
         report = star.repair(model, tokenizer, rows)
