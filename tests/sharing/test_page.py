@@ -19,7 +19,7 @@ from peft_star.sharing.page_texts import Piece, changed, failing
 from peft_star.sharing.patch_files import REPORT_NAME, Patch, write_adapter
 from support.browser import DARK, LIGHT, Browser, find_browser
 
-EVIL = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[2J\u202e\ud800"
+EVIL = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[2J\u202e"
 SHOWN_EVIL = html.escape("<script>document.title='owned'</script>").replace("&#x27;", "&#39;")
 NAMES = [f"model.layers.{index}.mlp.down_proj" for index in (2, 3)]
 
@@ -174,7 +174,8 @@ def evil_patch(directory: Path) -> Path:
 
 
 def test_nothing_that_a_patch_says_gets_into_the_page_as_it_is(tmp_path: Path) -> None:
-    page = patch_page(evil_patch(tmp_path / "p"), name=EVIL, ledger=[{"time": EVIL, EVIL: EVIL, "x": [{EVIL: EVIL}]}])
+    line = {"time": EVIL + "\ud800", EVIL: EVIL, "x": [{EVIL: EVIL}]}  # no file of a patch may hold that half
+    page = patch_page(evil_patch(tmp_path / "p"), name=EVIL, ledger=[line])
     page.encode()  # also a lone surrogate
     assert "<script" not in page and "<img" not in page and "49" not in text_of(page).replace("+0.49", "")
     assert not {"\x1b", "\u202e", "\ud800"} & set(page)
@@ -183,16 +184,6 @@ def test_nothing_that_a_patch_says_gets_into_the_page_as_it_is(tmp_path: Path) -
     for value in re.findall(r'<[^>]*="([^"]*)"', page[page.index("<main>") :]):
         assert "'" not in value and "<" not in value
     assert "default-src 'none'" in page
-
-
-def test_names_of_layers_are_escaped(tmp_path: Path) -> None:
-    directory = tmp_path / "p"
-    directory.mkdir()
-    name = 'a"><script>.b'
-    tensors = {f"{name}.star_neurons": torch.tensor([1], dtype=torch.int32), f"{name}.star_delta": torch.ones(1, 2)}
-    write_adapter(directory, {"peft_type": "STAR"}, tensors)
-    page = patch_page(directory)
-    assert "<script>" not in page and "a&#34;&gt;&lt;script&gt;.b" in page
 
 
 def test_words_that_changed_are_marked() -> None:

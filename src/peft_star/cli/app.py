@@ -17,6 +17,7 @@ import typer
 
 from .. import __version__
 from ..loading import load_model
+from ..text import harmless_json
 from .console import escape, quiet, status, stderr_console
 from .options import with_options
 
@@ -89,6 +90,10 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., No
                 if os.environ.get("PEFT_STAR_DEBUG"):
                     raise
                 fail(" ".join(str(error).split()) or type(error).__name__)
+            except RuntimeError as error:
+                if "home directory" not in str(error):  # of a path such as ~nobody/patch
+                    raise
+                fail("A path begins with ~ and the name of a user whom this machine does not know.")
             except KeyboardInterrupt:
                 fail("Interrupted; nothing was written.", EXIT_INTERRUPTED)
 
@@ -108,7 +113,7 @@ def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """Print a command's result, if it was asked for."""
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False, indent=1))
+        typer.echo(harmless_json(json.dumps(result, ensure_ascii=False, indent=1)))
 
 
 def load_base(model: str, as_json: bool, **kwargs: Any) -> tuple[Any, Any]:

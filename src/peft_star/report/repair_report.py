@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+from ..files import read_json, what_is_wrong, write_json
 from .checks import checked
 from .markdown import (
     broken_table,
@@ -191,9 +191,11 @@ class RepairReport:
                 ("problems", ProblemRecord),
             ):
                 data[key] = [checked(kind(**item)) for item in data[key]]
-            return checked(cls(**data))
+            report = checked(cls(**data))
+            report.summary()  # adds up what has to belong together
+            return report
         except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a repair report ({error}).") from None
+            raise ValueError(f"{path} is not a repair report ({what_is_wrong(error)}).") from None
 
     def to_markdown(self, max_rows: int = 50) -> str:
         """The report as Markdown: summary, failing tokens, what broke, the patched layers."""
