@@ -114,8 +114,8 @@ def model_card(
         )
     where = repo_id or "path/to/this/directory"
     # it becomes a part of code that readers run
-    revision = str(read("revision") or "")
-    revision = revision if re.fullmatch(r"[\w./-]+", revision) else None
+    revision = read("revision")
+    revision = revision if isinstance(revision, str) and re.fullmatch(r"[\w./-]+", revision) else None
     sections += usage(where, base, name, revision, task, subfolder)
     sections += twin(where, base, name, revision, task) if lora else []
     if report:
