@@ -60,7 +60,7 @@ def check_output(
         for item in inputs:
             if item is not None and Path(item).exists() and Path(item).resolve().is_relative_to(path.resolve()):
                 raise ValueError(f"{path} is or holds the input {item}; choose another directory for the output.")
-    _check_writable(path)
+    check_writable(path)
 
 
 def check_file_output(path: Path, overwrite: bool, magic: bytes, inputs: tuple[str | Path | None, ...] = ()) -> None:
@@ -89,10 +89,11 @@ def check_file_output(path: Path, overwrite: bool, magic: bytes, inputs: tuple[s
                 raise ValueError(
                     f"{path} is another kind of file, so --overwrite does not replace it; choose another name."
                 )
-    _check_writable(path)
+    check_writable(path)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Refuse an output, a file or a directory, in a place where nothing may be written."""
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: {existing} is not a directory that you may write to.")
