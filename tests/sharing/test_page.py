@@ -12,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_star.report import BrokenToken, FailureRecord, PatchedLayer, ProblemRecord, RepairReport, RowRecord
+from peft_star.report import (
+    BrokenToken,
+    ChangedText,
+    FailureRecord,
+    PatchedLayer,
+    ProblemRecord,
+    RepairReport,
+    RowRecord,
+)
 from peft_star.sharing.page import MAGIC, SHOWN_ROWS, patch_page
 from peft_star.sharing.page_map import CELLS, neuron_map
 from peft_star.sharing.page_texts import Piece, changed, failing
@@ -139,8 +147,11 @@ def test_the_ledger_is_a_time_line(tmp_path: Path) -> None:
 
 def test_the_harm_that_a_report_knows_is_shown(tmp_path: Path) -> None:
     harm = {"kl": 0.00123456, "texts": 8, "unchanged": 7}
-    text = text_of(patch_page(write_patch(tmp_path / "p", full_report(harm=harm))))
-    assert "Harm to other text kl 0.001235 texts 8 unchanged 7" in text
+    texts = [ChangedText("The sky is", " blue", " grey", " today.")]
+    page = patch_page(write_patch(tmp_path / "p", full_report(harm=harm, changed_texts=texts)))
+    text = text_of(page)
+    assert "Harm to other text The model's own texts 7 of 8 unchanged" in text and "0.0012 nats a token" in text
+    assert 'The sky is<mark class="bad"> blue</mark><mark class="good"> grey</mark> today.' in page
 
 
 def test_entries_are_shown_whatever_they_hold(tmp_path: Path) -> None:
@@ -162,7 +173,9 @@ def evil_patch(directory: Path) -> Path:
             return [poison(item, key) for item in value]
         return EVIL if isinstance(value, str) and key != "source" else value
 
-    write_patch(directory, full_report(broken=[BrokenToken("retain", 0, 1, "a", "b", 1, "c", 2)]))
+    broken, texts = [BrokenToken("retain", 0, 1, "a", "b", 1, "c", 2)], [ChangedText("a", "b", "c", "d")]
+    harm = {"texts": 2, "unchanged": 1, "kl": 0.5}
+    write_patch(directory, full_report(broken=broken, changed_texts=texts, harm=harm))
     path = directory / REPORT_NAME
     report = poison(json.loads(path.read_text()))
     report |= {"versions": {EVIL: EVIL}, "seconds": {EVIL: 1.0}, "arguments": {EVIL: [EVIL, {EVIL: EVIL}]}}

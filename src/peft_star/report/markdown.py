@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..text import harmless
-from .records import PROBLEM_COLUMNS, BrokenToken, FailureRecord, Labels, PatchedLayer, ProblemRecord, RowRecord
+from .records import (
+    PROBLEM_COLUMNS,
+    BrokenToken,
+    ChangedText,
+    FailureRecord,
+    Labels,
+    PatchedLayer,
+    ProblemRecord,
+    RowRecord,
+)
 
 
 def code(text: str) -> str:
@@ -96,6 +105,17 @@ def broken_table(broken: Sequence[BrokenToken], labels: Labels, max_rows: int) -
         f"| {escaped(token.source)} | {escaped(labels[token.source, token.row])} | {code(token.context)} "
         f"| {code(token.expected)} | {code(token.after)} |"
         for token in broken[:max_rows]
+    ]
+    return [*lines, ""]
+
+
+def changed_texts_table(texts: Sequence[ChangedText], max_rows: int) -> list[str]:
+    """Where texts that the model says by itself change."""
+    if not texts:
+        return []
+    lines = ["| text of the model's own | said | says |", "| --- | --- | --- |"]
+    lines += [
+        f"| {code(item.context[-40:])} | {code(item.before)} | {code(item.after)} |" for item in texts[:max_rows]
     ]
     return [*lines, ""]
 
