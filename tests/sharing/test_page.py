@@ -146,7 +146,7 @@ def test_the_ledger_is_a_time_line(tmp_path: Path) -> None:
 
 
 def test_the_harm_that_a_report_knows_is_shown(tmp_path: Path) -> None:
-    harm = {"kl": 0.00123456, "texts": 8, "unchanged": 7}
+    harm = {"kl": 0.00123456, "texts": 8.0, "unchanged": 7.0}  # as a ledger has them
     texts = [ChangedText("The sky is", " blue", " grey", " today.")]
     page = patch_page(write_patch(tmp_path / "p", full_report(harm=harm, changed_texts=texts)))
     text = text_of(page)

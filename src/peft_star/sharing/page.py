@@ -157,7 +157,7 @@ def harm_told(harm: Mapping[str, Any]) -> dict[str, Any]:
     if not {"texts", "unchanged", "kl"} <= harm.keys():
         return dict(harm)
     return {
-        "The model's own texts": f"{harm['unchanged']} of {harm['texts']} unchanged",
+        "The model's own texts": f"{harm['unchanged']:g} of {harm['texts']:g} unchanged",
         "Divergence there (KL)": f"{harm['kl']:.2g} nats a token",
     }
 
