@@ -27,9 +27,10 @@ import numpy as np
 from figures import bootstrap, label
 from harness import Harm, load, parser, resume, run_units, setting_of, task_rows
 from interface import MODES, Method
-from methods import METHODS, make_method
+from methods import make_method
 from peft_star.evaluation import RowEvaluation, evaluate
 from peft_star.method.semantics import semantic_bases
+from side_effects import parse_method
 
 UNPATCHED = "unpatched"
 DEFAULT_METHODS = ["mint", "sgd", "lora", "logit-bias", "star"]
@@ -172,7 +173,7 @@ def report(state: dict[str, Any], methods: dict[str, Method], modes: Sequence[st
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=METHODS, metavar="METHOD")
+    options.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help="name or name:setting=value,...")
     options.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     options.add_argument("--margin", type=float, default=0.01, help="probability by which a solved token must lead")
     options.add_argument("--dtype", default="float32")
@@ -180,7 +181,7 @@ def main() -> None:
     options.add_argument("--no-harm", dest="harm", action="store_false", help="no KL divergence on unrelated text")
     given = options.parse_args()
     state = resume(given.json, setting_of(given, "methods", "modes"))
-    methods = {name: make_method(name) for name in given.methods}
+    methods = {name: parse_method(name) for name in given.methods}
     known = state.setdefault("methods", {})
     for name, method in methods.items():
         if known.setdefault(name, method.settings) != method.settings:
