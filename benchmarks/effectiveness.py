@@ -69,7 +69,7 @@ class Study:
         self, rows: dict[str, list[dict[str, str]]], methods: dict[str, Method], modes: Sequence[str]
     ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """What is to be done, by key: round-robin over the tasks, the methods in turn on each row."""
-        pairs = [(mode, method) for mode in modes for method in methods.values() if mode in method.modes]
+        pairs = [(mode, *named) for mode in modes for named in methods.items() if mode in named[1].modes]
         turn = 0
         for number in range(max(map(len, rows.values()))):
             for task, items in rows.items():
@@ -77,9 +77,9 @@ class Study:
                     continue
                 yield key(UNPATCHED, "", task, number), partial(self.unpatched, items[number])
                 for place in range(len(pairs)):
-                    mode, method = pairs[(turn + place) % len(pairs)]
+                    mode, name, method = pairs[(turn + place) % len(pairs)]
                     unit = partial(self.patched, items[number], method, mode)
-                    yield key(method.name, mode, task, number), unit
+                    yield key(name, mode, task, number), unit
                 turn += 1
 
 
