@@ -12,6 +12,11 @@ from importlib.metadata import version
 
 import pytest
 
+from peft_star import StarConfig
+from peft_star.tuner.experts import Experts
+from peft_star.tuner.layer import Linear, StarLayer
+from peft_star.tuner.model import StarModel
+
 # the place, its parameters, and the module of this package that extends or calls it
 POINTS = [
     ("peft.utils:register_peft_method", "name config_cls model_cls prefix is_mixed_compatible", "registration.py"),
@@ -43,6 +48,20 @@ POINTS = [
     ),
     ("peft.peft_model:PeftModel._enable_peft_forward_hooks", "self args kwargs", "tuner/model.py"),
     ("peft.tuners.tuners_utils:BaseTunerLayer.get_base_layer", "self", "tuner/layer.py"),
+    (
+        "peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer",
+        "self adapter_name device",
+        "tuner/layer.py",
+    ),
+    (
+        "peft.tuners.tuners_utils:BaseTunerLayer._get_base_layer_device_and_dtype",
+        "self base_layer",
+        "tuner/experts.py",
+    ),
+    ("peft.tuners.tuners_utils:BaseTunerLayer.get_base_weight", "self", "tuner/layer.py"),
+    ("peft.tuners.tuners_utils:BaseTunerLayer.supports_lora_conversion", "self adapter_name", "tuner/layer.py"),
+    ("peft.tuners.tuners_utils:BaseTunerLayer.weight", None, "tuner/experts.py"),
+    ("peft.tuners.tuners_utils:BaseTunerLayer.bias", None, "tuner/experts.py"),
     ("peft.tuners.tuners_utils:BaseTunerLayer.merge", "self safe_merge adapter_names", "tuner/layer.py"),
     ("peft.tuners.tuners_utils:BaseTunerLayer.unmerge", "self", "tuner/layer.py"),
     ("peft.tuners.tuners_utils:_get_in_out_features", "module", "tuner/layer.py"),
@@ -63,6 +82,13 @@ POINTS = [
         "models/quantized.py",
     ),
     ("peft.config:PeftConfigMixin.save_pretrained", "self save_directory kwargs", "tuner/config.py"),
+    (
+        "peft.config:PeftConfigMixin.from_pretrained",
+        "pretrained_model_name_or_path subfolder kwargs",
+        "tuner/config.py",
+    ),
+    ("peft.config:PeftConfigMixin._split_kwargs", "kwargs", "tuner/config.py"),
+    ("peft.config:PeftConfigMixin.to_dict", "self", "tuner/config.py"),
     ("peft.peft_model:PeftModel.create_or_update_model_card", "self output_dir", "sharing/card.py"),
     ("transformers:PreTrainedModel._load_pretrained_model", None, "tuner/loading.py"),
     ("transformers.utils:PushToHubMixin._upload_modified_files", None, "sharing/hub.py"),
@@ -75,7 +101,7 @@ def found_at(place: str) -> tuple[object, list[str]]:
     found = importlib.import_module(module)
     for name in path.split("."):
         found = getattr(found, name)
-    return found, list(inspect.signature(found).parameters)
+    return found, [] if isinstance(found, property) else list(inspect.signature(found).parameters)
 
 
 def check_point(place: str, parameters: str | None, module: str) -> None:
@@ -95,6 +121,17 @@ def check_point(place: str, parameters: str | None, module: str) -> None:
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point[0])
 def test_what_is_extended_is_as_it_was(point: tuple[str, str | None, str]) -> None:
     check_point(*point)
+
+
+def test_whatever_is_overridden_is_listed() -> None:
+    listed = {place.partition(":")[2] for place, _, _ in POINTS}
+    for ours in (StarModel, StarLayer, Linear, Experts, StarConfig):
+        for name in vars(ours):
+            theirs = next((base for base in ours.__mro__[1:] if name in vars(base)), None)
+            if theirs is not None and theirs.__module__.startswith(("peft.", "transformers.")):
+                is_code = callable(getattr(theirs, name)) or isinstance(vars(theirs)[name], property)
+                if is_code and not name.startswith("__"):
+                    assert f"{theirs.__qualname__}.{name}" in listed, f"{ours.__name__}.{name} is listed nowhere"
 
 
 @pytest.mark.parametrize(

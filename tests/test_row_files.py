@@ -1,6 +1,7 @@
 """Files of rows in three formats, and bad ones named with their line."""
 
 import csv
+import gzip
 import json
 
 import pyarrow
@@ -53,6 +54,7 @@ def test_rows_know_their_lines(tmp_path):
         (b"", "holds no rows"),
         (b"\n \n", "holds no rows"),
         (b"\xff\xfe\x00", "not UTF-8"),
+        (gzip.compress(b"{}"), "is compressed; unpack it first"),
         (b'{"prompt": "a", "completion": ""}', "line 1: 'completion' is empty"),
     ],
 )

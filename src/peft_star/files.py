@@ -60,7 +60,7 @@ def check_output(
         for item in inputs:
             if item is not None and Path(item).exists() and Path(item).resolve().is_relative_to(path.resolve()):
                 raise ValueError(f"{path} is or holds the input {item}; choose another directory for the output.")
-    _check_writable(path)
+    check_writable(path)
 
 
 def check_file_output(path: Path, overwrite: bool, magic: bytes, inputs: tuple[str | Path | None, ...] = ()) -> None:
@@ -89,10 +89,11 @@ def check_file_output(path: Path, overwrite: bool, magic: bytes, inputs: tuple[s
                 raise ValueError(
                     f"{path} is another kind of file, so --overwrite does not replace it; choose another name."
                 )
-    _check_writable(path)
+    check_writable(path)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Refuse an output, a file or a directory, in a place where nothing may be written."""
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: {existing} is not a directory that you may write to.")
@@ -299,8 +300,32 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of unknown origin says; errors are those of [`parse_json`]."""
-    return parse_json(path.read_text(encoding="utf-8"))
+    """What a JSON file of unknown origin says, in texts that can be written again.
+
+    Raises:
+        ValueError: As of [`parse_json`], or its text is none.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    content = parse_json(text)
+    if "\\ud" in text.lower():  # how JSON can hold half of a character, of which no file can be made
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            bad = ord(error.object[error.start])
+            raise ValueError(f"it holds \\u{bad:04x}, half of a character") from None
+    return content
+
+
+def what_is_wrong(error: Exception) -> str:
+    """In words why the content of a JSON file could not be taken: what Python says of it is for programmers."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if " object " in str(error) or str(error).startswith("unhashable"):
+        return "it holds values of other kinds"
+    return str(error)
 
 
 def write_json(path: str | os.PathLike, content: Any, **style: Any) -> None:

@@ -12,7 +12,7 @@ OPTIONAL = ("focus", "problem", "end", "id")
 SHOWN = 40  # characters of a text in a message
 
 
-class FileRows(list[dict[str, Any]]):
+class FileRows(list[Any]):
     """Rows that were read from a file, and where they stand in it.
 
     Attributes:
@@ -25,7 +25,7 @@ class FileRows(list[dict[str, Any]]):
         super().__init__()
         self.path, self.unit, self.numbers = path, unit, list[int]()
 
-    def add(self, number: int, row: dict[str, Any]) -> None:
+    def add(self, number: int, row: Any) -> None:
         self.append(row)
         self.numbers.append(number)
 

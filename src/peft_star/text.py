@@ -13,6 +13,11 @@ def harmless(text: str) -> str:
     return "".join(_code_point(char) if _moves(char) else char for char in text)
 
 
+def harmless_json(text: str) -> str:
+    """A JSON text without such characters: JSON has a spelling of its own for them, and means the same."""
+    return "".join(f"\\u{ord(char):04x}" if _moves(char) else char for char in text)
+
+
 def one_line(text: str) -> str:
     """A piece of text on one line, its line ends and the spaces around it shown."""
     inner = text.strip(" ")

@@ -232,6 +232,15 @@ def test_effectiveness_goes_on_where_it_stopped(monkeypatch, tiny_dir, data, tmp
         run_effectiveness(monkeypatch, tiny_dir, data, out, "--margin", "0.2")
 
 
+def test_a_method_with_settings_is_kept_by_its_whole_name():
+    study = effectiveness.Study.__new__(effectiveness.Study)
+    methods = {name: effectiveness.parse_method(name) for name in ("star", "star:reach=prompt")}
+    keys = {key for key, _ in study.units({"a": [{}]}, methods, ["multiple"])}
+    assert keys == {"unpatched/a/0", "multiple/star/a/0", "multiple/star:reach=prompt/a/0"}
+    assert effectiveness.complete(dict.fromkeys(keys, {}), "a", 1, [("multiple", name) for name in methods])
+    assert methods["star:reach=prompt"].settings["reach"] == "prompt"
+
+
 def test_methods_take_turns():
     study = effectiveness.Study.__new__(effectiveness.Study)
     methods = {name: make_method(name) for name in ("sgd", "star")}

@@ -30,6 +30,15 @@ def test_texts_side_by_side(run: Run, tiny_dir: Path, patch: Path, prompts: Path
     assert f"{result.json['changed']} of 2 texts change." in shown.err and "cd" in shown.err
 
 
+def test_prompts_are_counted_by_their_lines(run: Run, tiny_dir: Path, patch: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\n\n{"prompt": "a b"}\n')
+    shown = run("compare", tiny_dir, patch, path, "--max-new-tokens", 2)
+    assert shown.code == 0 and "│ 3 " in shown.err
+    path.write_text("\n\n" + json.dumps({"prompt": "x" * 300}))
+    assert f"{path}, line 3: its 300 tokens" in run("compare", tiny_dir, patch, path).err
+
+
 def test_what_it_cannot_compare_is_2(run: Run, tiny_dir: Path, patch: Path, prompts: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"completion": "x"}))

@@ -113,6 +113,13 @@ def test_an_error_cannot_move_the_terminal(run: Run, patch: Path, tmp_path: Path
         lambda report: report.update(seconds=3),
         lambda report: report.update(problems=[{"name": "a", "acts": [{"how": 3, "tokens": [], "layers": []}]}]),
         lambda report: report.update(layers=[{"name": "a", "neurons": 3, "delta_norm": 1.0}]),
+        lambda report: report.update(layers=[{"name": "a", "neurons": [3], "delta_norm": 10**400}]),
+        lambda report: report.update(arguments=[]),
+        lambda report: report["arguments"].update(max_harm="x"),
+        lambda report: report.update(versions="x"),
+        lambda report: report.update(problems=[{"name": "a", "acts": [{"how": "", "tokens": {}, "layers": []}]}]),
+        lambda report: report["rows"][0].update(served_after={"a": True}),
+        lambda report: report.update(entry="\ud800"),
     ],
 )
 def test_reports_with_values_of_other_kinds_are_none(

@@ -48,6 +48,15 @@ def test_the_report_has_what_the_patch_does_to_own_texts(tokenizer):
         heard = hear(engine, engine.batches(rows))
     found = texts_harm(engine, heard)
     assert found.unchanged == report.harm["unchanged"]
+    assert len(report.changed_texts) == len(found.partings) == found.texts - found.unchanged > 0
+    texts = [(*row.prompt_ids, *row.completion_ids) for row in rows]
+    for parting, told in zip(found.partings, report.changed_texts):
+        front = (*parting.front, parting.was)
+        assert any(text[: len(front)] == front for text in texts)
+        with torch.no_grad():
+            said = engine.model(torch.tensor([parting.front])).logits[0, -1].argmax()
+        assert said == parting.now != parting.was
+        assert (told.before, told.after) == (tokenizer.decode([parting.was]), tokenizer.decode([parting.now]))
     with subject.unpatched():
         generated = [
             engine.model.generate(torch.tensor([row.prompt_ids]), max_new_tokens=4, do_sample=False) for row in rows

@@ -83,7 +83,7 @@ def test_readers_are_shown_lines_and_ids(tmp_path):
     report.save(tmp_path / "report.json")
     assert RepairReport.load(tmp_path / "report.json") == report
     text = report.to_markdown()
-    assert "| 3 (BUG\\|7\x1b\\[2J) | `a` | `b` |" in text and "| 3 (BUG\\|7\x1b\\[2J) | `b` | `x` |" in text
+    assert "| 3 (BUG\\|7\\\\x1b\\[2J) | `a` | `b` |" in text and "| 3 (BUG\\|7\\\\x1b\\[2J) | `b` | `x` |" in text
     assert "\n| 2 | `a` |" in text and "\n| retain | 12 | `a` |" in text
     shown = io.StringIO()
     print_report(report, Console(file=shown, width=120))
@@ -213,3 +213,11 @@ def test_related_rows_decide_no_success():
     figures = report.summary()
     assert [figures[f"related_{name}"] for name in ("rows", "fixed", "broken")] == [2, 0, 1]
     assert (figures["tokens_broken"], figures["retained_rows"], figures["retained_rows_broken"]) == (1, 0, 0)
+
+
+def test_tables_of_what_serves_a_patch_count_rows_as_the_others_do():
+    known = record("failures", 0, False, True)
+    known.id, known.line, known.served_before, known.served_after = "BUG-7", 3, {"<b>": False}, {"<b>": True}
+    text = report_of([known], [failed(0, 1)]).to_markdown()
+    assert f"| 3 (BUG-7) | `{known.completion}` | ✓ | ✓ |" in text and "| 0 |" not in text
+    assert "<b>" not in text.replace("\\<b\\>", "")

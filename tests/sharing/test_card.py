@@ -213,3 +213,13 @@ def test_types_are_shipped() -> None:
     import peft_star
 
     assert (Path(peft_star.__file__).parent / "py.typed").is_file()
+
+
+def test_what_a_configuration_says_runs_nothing_in_a_card() -> None:
+    evil = {"base_model_name_or_path": "./`x` <img src=x>\x1b[2J", "revision": 'main"); print("owned"); ("'}
+    evil |= {"base_fingerprint": "`<b>\u202e", "peft_type": "STAR", "task_type": "CAUSAL_LM"}
+    text = model_card(evil, lora=True)
+    assert "owned" not in text and not {"\x1b", "\u202e"} & set(text)
+    assert not {"<img", "<b>"} & set(re.findall(r"<\w+>?", re.sub(r"`[^`\n]*`", "", text).replace("\\<", "")))
+    assert "owned" not in model_card({**evil, "base_model_name_or_path": "you/base"}, lora=True)
+    assert 'revision="v1.0/x"' in model_card({"base_model_name_or_path": "you/base", "revision": "v1.0/x"})

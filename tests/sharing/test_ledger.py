@@ -18,7 +18,11 @@ from peft_star.sharing.ledger import Ledger, _sha256
 from peft_star.sharing.patch_files import checksum
 from support.ledgers import MODULE, an_entry
 
-ENTRIES = (an_entry(0, note="first", harm={"kl": 0.1}), an_entry(2), an_entry(5, neurons=40, outputs=30))
+ENTRIES = (
+    an_entry(0, outputs=30, note="first", harm={"kl": 0.1}),
+    an_entry(2, outputs=30),
+    an_entry(5, neurons=40, outputs=30),
+)
 
 
 @pytest.fixture

@@ -12,14 +12,22 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_star.report import BrokenToken, FailureRecord, PatchedLayer, ProblemRecord, RepairReport, RowRecord
+from peft_star.report import (
+    BrokenToken,
+    ChangedText,
+    FailureRecord,
+    PatchedLayer,
+    ProblemRecord,
+    RepairReport,
+    RowRecord,
+)
 from peft_star.sharing.page import MAGIC, SHOWN_ROWS, patch_page
 from peft_star.sharing.page_map import CELLS, neuron_map
 from peft_star.sharing.page_texts import Piece, changed, failing
 from peft_star.sharing.patch_files import REPORT_NAME, Patch, write_adapter
 from support.browser import DARK, LIGHT, Browser, find_browser
 
-EVIL = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[2J\u202e\ud800"
+EVIL = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[2J\u202e"
 SHOWN_EVIL = html.escape("<script>document.title='owned'</script>").replace("&#x27;", "&#39;")
 NAMES = [f"model.layers.{index}.mlp.down_proj" for index in (2, 3)]
 
@@ -138,9 +146,12 @@ def test_the_ledger_is_a_time_line(tmp_path: Path) -> None:
 
 
 def test_the_harm_that_a_report_knows_is_shown(tmp_path: Path) -> None:
-    harm = {"kl": 0.00123456, "texts": 8, "unchanged": 7}
-    text = text_of(patch_page(write_patch(tmp_path / "p", full_report(harm=harm))))
-    assert "Harm to other text kl 0.001235 texts 8 unchanged 7" in text
+    harm = {"kl": 0.00123456, "texts": 8.0, "unchanged": 7.0}  # as a ledger has them
+    texts = [ChangedText("The sky is", " blue", " grey", " today.")]
+    page = patch_page(write_patch(tmp_path / "p", full_report(harm=harm, changed_texts=texts)))
+    text = text_of(page)
+    assert "Harm to other text The model's own texts 7 of 8 unchanged" in text and "0.0012 nats a token" in text
+    assert 'The sky is<mark class="bad"> blue</mark><mark class="good"> grey</mark> today.' in page
 
 
 def test_entries_are_shown_whatever_they_hold(tmp_path: Path) -> None:
@@ -162,7 +173,9 @@ def evil_patch(directory: Path) -> Path:
             return [poison(item, key) for item in value]
         return EVIL if isinstance(value, str) and key != "source" else value
 
-    write_patch(directory, full_report(broken=[BrokenToken("retain", 0, 1, "a", "b", 1, "c", 2)]))
+    broken, texts = [BrokenToken("retain", 0, 1, "a", "b", 1, "c", 2)], [ChangedText("a", "b", "c", "d")]
+    harm = {"texts": 2, "unchanged": 1, "kl": 0.5}
+    write_patch(directory, full_report(broken=broken, changed_texts=texts, harm=harm))
     path = directory / REPORT_NAME
     report = poison(json.loads(path.read_text()))
     report |= {"versions": {EVIL: EVIL}, "seconds": {EVIL: 1.0}, "arguments": {EVIL: [EVIL, {EVIL: EVIL}]}}
@@ -174,7 +187,8 @@ def evil_patch(directory: Path) -> Path:
 
 
 def test_nothing_that_a_patch_says_gets_into_the_page_as_it_is(tmp_path: Path) -> None:
-    page = patch_page(evil_patch(tmp_path / "p"), name=EVIL, ledger=[{"time": EVIL, EVIL: EVIL, "x": [{EVIL: EVIL}]}])
+    line = {"time": EVIL + "\ud800", EVIL: EVIL, "x": [{EVIL: EVIL}]}  # no file of a patch may hold that half
+    page = patch_page(evil_patch(tmp_path / "p"), name=EVIL, ledger=[line])
     page.encode()  # also a lone surrogate
     assert "<script" not in page and "<img" not in page and "49" not in text_of(page).replace("+0.49", "")
     assert not {"\x1b", "\u202e", "\ud800"} & set(page)
@@ -183,16 +197,6 @@ def test_nothing_that_a_patch_says_gets_into_the_page_as_it_is(tmp_path: Path) -
     for value in re.findall(r'<[^>]*="([^"]*)"', page[page.index("<main>") :]):
         assert "'" not in value and "<" not in value
     assert "default-src 'none'" in page
-
-
-def test_names_of_layers_are_escaped(tmp_path: Path) -> None:
-    directory = tmp_path / "p"
-    directory.mkdir()
-    name = 'a"><script>.b'
-    tensors = {f"{name}.star_neurons": torch.tensor([1], dtype=torch.int32), f"{name}.star_delta": torch.ones(1, 2)}
-    write_adapter(directory, {"peft_type": "STAR"}, tensors)
-    page = patch_page(directory)
-    assert "<script>" not in page and "a&#34;&gt;&lt;script&gt;.b" in page
 
 
 def test_words_that_changed_are_marked() -> None:

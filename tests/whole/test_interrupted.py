@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from peft_star.cli import main
 from peft_star.loading import find_patch
@@ -39,6 +40,15 @@ def rows(tmp_path: Path) -> Path:
     lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in texts]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def patch(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A patch. Not to be written to."""
+    directory = tmp_path_factory.mktemp("patches")
+    (directory / "rows.jsonl").write_text('{"prompt": "a b", "completion": "cd"}\n')
+    assert run_here(main, "repair", tiny_dir, directory / "rows.jsonl", "-o", directory / "patch", *SOLVABLE) == 0
+    return directory / "patch"
 
 
 def checked(patch: Path) -> str:
@@ -139,12 +149,74 @@ def test_a_full_disk_costs_no_earlier_patch_and_is_told_in_one_sentence(
         assert str(directory) in error and Patch.read(directory).neurons
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_refused_before_any_work(tiny_dir: Path, rows: Path, tmp_path: Path) -> None:
+def as_nobody(*args: object) -> int:
+    """The exit code of a command in a fork that is nobody's, if this process is root's, who may write anywhere."""
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            code = run_here(main, *args)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_read_only_folder_is_refused_before_any_work(patch: Path, rows: Path, capfd, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    folder.mkdir(mode=0o500)
-    assert run_here(main, "repair", "./no-model-is-needed", rows, "-o", folder / "patch") == 2
+    folder.mkdir()
+    for parent in (patch, *patch.parents[:3], *tmp_path.parents[:2], tmp_path):
+        parent.chmod(0o755)
+    folder.chmod(0o555)
+    none = "./no-model-is-needed"
+    for command in (
+        ("repair", none, rows, "-o", folder / "new"),
+        ("report", patch, "-o", folder / "page.html"),
+        ("revert", patch, "1", "--no-base", "-o", folder / "new"),
+        ("export", patch, "-o", folder / "new"),
+        ("stack", patch, patch, "-o", folder / "new"),
+        ("merge", none, patch, "-o", folder / "new"),
+        ("evaluate", none, rows, "-o", folder / "new.json"),
+    ):
+        assert as_nobody(*command) == 2, command
+        error = capfd.readouterr().err
+        assert "is not a directory that you may write to." in error and error.count("\n") == 1, command
     assert names(folder) == []
+
+
+@pytest.mark.parametrize("command", ["report", "revert", "export", "stack", "merge"])
+def test_a_full_disk_is_told_by_every_command_that_writes(
+    command: str, patch: Path, tiny_dir: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python and safetensors tell of it in ways of their own."""
+    real = Path.write_text
+
+    def write_text(path: Path, *args: object, **kwargs: object) -> int:
+        if ".new-" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *args, **kwargs)
+
+    def save_file(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    if command == "report":
+        monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_file)
+    output = tmp_path / "out"
+    words = {
+        "report": (patch, "-o", output),
+        "revert": (patch, "1", "--no-base", "-o", output),
+        "export": (patch, "-o", output),
+        "stack": (patch, patch, "-o", output),
+        "merge": (tiny_dir, patch, "-o", output),
+    }[command]
+    assert run_here(main, command, *words) == 2 and names(tmp_path) == []
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("Error: No space is left where the output goes") and "Traceback" not in "".join(error)
 
 
 def test_a_folder_that_becomes_read_only_keeps_the_patch_elsewhere(

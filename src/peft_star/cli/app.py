@@ -6,6 +6,7 @@ nothing else. Exit codes: 0 done, 1 done but not everything was repaired, 2 bad 
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from safetensors import SafetensorError
 
 from .. import __version__
 from ..loading import load_model
+from ..text import harmless_json
 from .console import escape, quiet, status, stderr_console
 from .options import with_options
 
@@ -85,16 +88,31 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., No
                 run(*args, **kwargs)
             except BrokenPipeError:
                 raise  # whoever read our output went away
-            except (ValueError, OSError, ImportError, MemoryError) as error:
+            # safetensors has a kind of error of its own for a disk that is full
+            except (ValueError, OSError, ImportError, MemoryError, SafetensorError) as error:
                 if os.environ.get("PEFT_STAR_DEBUG"):
                     raise
-                fail(" ".join(str(error).split()) or type(error).__name__)
+                fail(_sentence(error))
+            except RuntimeError as error:
+                if "home directory" not in str(error):  # of a path such as ~nobody/patch
+                    raise
+                fail("A path begins with ~ and the name of a user whom this machine does not know.")
             except KeyboardInterrupt:
                 fail("Interrupted; nothing was written.", EXIT_INTERRUPTED)
 
         return app.command(**settings)(wrapper)
 
     return register
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    full = getattr(error, "errno", None) == errno.ENOSPC or isinstance(error, SafetensorError) and "No space" in text
+    return (
+        "No space is left where the output goes; nothing was written there. Free some, or choose another."
+        if full
+        else text
+    )
 
 
 def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
@@ -108,7 +126,7 @@ def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """Print a command's result, if it was asked for."""
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False, indent=1))
+        typer.echo(harmless_json(json.dumps(result, ensure_ascii=False, indent=1)))
 
 
 def load_base(model: str, as_json: bool, **kwargs: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..evaluation.side_by_side import Pair, SideBySide, read_prompts, side_by_side
 from ..loading import load_patch
+from ..row_checks import number_of
 from .app import (
     AllowOtherBase,
     DeviceMap,
@@ -86,7 +87,7 @@ def _print(result: SideBySide, prompts: Sequence[Any]) -> None:
             prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             ending = prompt.rstrip("\n").split("\n")[-1][-SHOWN_PROMPT:]
             cells = (_marked(pair, pair.base, pair.base_ended, "red"), _marked(pair, pair.patched, pair.patched_ended))
-            table.add_row(str(pair.row + 1), visible(ending), *cells)
+            table.add_row(str(number_of(prompts, pair.row)), visible(ending), *cells)
         console.print(table)
     if len(changed) > SHOWN_PAIRS:
         console.print(f"... and {len(changed) - SHOWN_PAIRS} more; --json has them all.")

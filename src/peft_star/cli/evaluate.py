@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from ..evaluation import (
 )
 from ..evaluation import evaluate as run_evaluation
 from ..failures import read_rows
+from ..files import check_writable, read_json
 from ..loading import REPORT_NAME, load_patch
 from ..report import RepairReport
 from .app import (
@@ -203,9 +203,10 @@ def _check_output_file(path: Path, inputs: tuple[str | Path, ...]) -> None:
             raise ValueError(f"{path} is the input {item}; choose another file for the output.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no directory {path.absolute().parent}.")
+    check_writable(path)
     if path.is_file() and path.stat().st_size:
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier = read_json(path)
         except ValueError:
             earlier = None
         if not isinstance(earlier, dict) or not {"base", "patched", "comparison"} <= earlier.keys():

@@ -10,7 +10,7 @@ import typer
 from ..files import check_file_output, new_file
 from ..loading import find_patch
 from ..sharing.entries import Entry
-from ..sharing.page import MAGIC, patch_page
+from ..sharing.page import MAGIC, harm_told, patch_page
 from ..sharing.recorded import log
 from .app import Json, OnePatchRevision, Patch, Token, command, finish
 from .console import escape, format_size, stderr_console
@@ -40,9 +40,11 @@ def report(
 
 def _line(entry: Entry) -> dict[str, Any]:
     """What the page's time line says of an entry."""
-    line: dict[str, Any] = {"time": entry.time, "entry": entry.id, "note": entry.note}
-    line |= {name: entry.summary[name] for name in ("failures", "solved") if name in entry.summary}
-    line |= {"neurons": sum(entry.modules.values()), **entry.harm}
+    line: dict[str, Any] = {"time": entry.time, "entry": entry.id}
+    line |= {"note": entry.note} if entry.note else {}
+    if {"solved", "failures"} <= entry.summary.keys():
+        line["failing tokens solved"] = f"{entry.summary['solved']} of {entry.summary['failures']}"
+    line |= {"neurons changed": sum(entry.modules.values()), **harm_told(entry.harm)}
     if "norm" in entry.patch:
-        line["norm"] = entry.patch["norm"]
+        line["norm of the patch"] = entry.patch["norm"]
     return line | ({"taken out": entry.reverted} if entry.reverted else {})

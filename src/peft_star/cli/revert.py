@@ -94,7 +94,10 @@ def revert(
 def _base_at_hand(found: Recorded) -> str | None:
     """The base model that a patch names, where that is a path on this machine."""
     name = found.patch.config.get("base_model_name_or_path")
-    return name if isinstance(name, str) and name and Path(name).expanduser().exists() else None
+    try:
+        return name if name and Path(name).expanduser().exists() else None
+    except (OSError, RuntimeError):  # no name that a path can have
+        return None
 
 
 def _tell(entry: str, report: RevertReport | None, target: Path) -> None:

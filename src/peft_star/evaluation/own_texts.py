@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,11 +13,24 @@ from ..engine.batch import Batch
 from ..engine.engine import Engine
 from ..engine.own_texts import TOKENS, own_texts
 from ..engine.passes import completion_logits, generate
+from ..failures import Row
 from ..models.inputs import context_length, evaluating
 from .side_by_side import encode_prompts
 
 # words after each token whose probabilities are kept of the unpatched model
 KEPT = 64
+# tokens in front of a place that are kept to show it, and half as many behind
+SHOWN = 32
+
+
+class Parting(NamedTuple):
+    """Where a patched model parts from a text: tokens in front of the place, the text's token and the patched model's,
+    and the tokens with which the text went on."""
+
+    front: tuple[int, ...]
+    was: int
+    now: int
+    rest: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class TextsHarm:
         first_words: Those of them whose first token stays.
         tokens, changed: Tokens of the texts, and those whose argmax is another now.
         kl: Mean KL divergence of the patched model from the unpatched at these tokens, KL(before || after), in nats.
+        partings: Where each of the texts that change does so first.
     """
 
     texts: int
@@ -41,6 +55,7 @@ class TextsHarm:
     tokens: int
     changed: int
     kl: float
+    partings: tuple[Parting, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def unchanged_share(self) -> float:
@@ -53,8 +68,9 @@ class TextsHarm:
         return 1 - self.unchanged_share
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON types."""
-        return {**asdict(self), "changed_share": self.changed_share}
+        """The figures, as plain JSON types."""
+        figures = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "partings"}
+        return {**figures, "changed_share": self.changed_share}
 
     def to_markdown(self) -> str:
         """The harm as a Markdown table, or a sentence where there are no texts."""
@@ -156,12 +172,14 @@ def texts_harm(engine: Engine, heard: Mapping[Batch, Heard]) -> TextsHarm:
     for batch, was in heard.items():
         with engine.replay(batch):
             now = completion_logits(engine.model, batch).float().log_softmax(-1)
-        stays = now.argmax(-1) == batch.expected.to(now.device)
+        said = now.argmax(-1)
+        stays = said == batch.expected.to(now.device)
         values = torch.stack([was.own, stays, _divergence(was, now)]).double().cpu()
-        for index, places in _texts(batch).items():
-            found.append((index, values[:, places]))
+        for row, places in zip(batch.items, _texts(batch)):
+            found.append((row.index, values[:, places], _parting(row, stays[places], said[places])))
     # a text that rounding makes another one is none of the model's own
-    texts = [values for part in engine.team.gather(found) for _, values in sorted(part, key=_index) if values[0].all()]
+    own = [item for part in engine.team.gather(found) for item in sorted(part, key=_index) if item[1][0].all()]
+    texts = [values for _, values, _ in own]
     tokens = sum(values.shape[1] for values in texts)
     return TextsHarm(
         texts=len(texts),
@@ -170,19 +188,30 @@ def texts_harm(engine: Engine, heard: Mapping[Batch, Heard]) -> TextsHarm:
         tokens=tokens,
         changed=int(sum(values.shape[1] - values[1].sum() for values in texts)),
         kl=float(sum(values[2].sum() for values in texts)) / tokens if tokens else 0.0,
+        partings=tuple(parting for _, _, parting in own if parting is not None),
     )
 
 
-def _index(item: tuple[int, torch.Tensor]) -> int:
+def _index(item: tuple[int, torch.Tensor, Any]) -> int:
     return item[0]
 
 
-def _texts(batch: Batch) -> dict[int, torch.Tensor]:
+def _texts(batch: Batch) -> list[torch.Tensor]:
     """Of each row of a batch the places of its completion tokens, in order, among the batch's."""
-    places, start = {}, 0
+    places, start = [], 0
     for row in batch.items:
-        places[row.index] = torch.arange(start, start := start + len(row.completion_ids))
+        places.append(torch.arange(start, start := start + len(row.completion_ids)))
     return places
+
+
+def _parting(row: Row, stays: torch.Tensor, said: torch.Tensor) -> Parting | None:
+    """Where the patched model, which says `said` (N) at a text's tokens, parts from it; None: nowhere."""
+    changed = (~stays).nonzero()[:, 0].tolist()
+    if not changed:
+        return None
+    at, ids = changed[0], row.completion_ids
+    front = (*row.prompt_ids, *ids[:at])[-SHOWN:]
+    return Parting(front, ids[at], int(said[at]), tuple(ids[at + 1 : at + 1 + SHOWN // 2]))
 
 
 def _divergence(was: Heard, now: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from ..engine.engine import Engine
 from ..failures import Row
 from ..files import parse_json
 from ..models.inputs import context_length, evaluating
+from ..row_checks import FileRows
+from ..row_checks import where as place_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def side_by_side(
     return SideBySide([_pair(row, was, now, tokenizer) for row, was, now in zip(rows, before, after)])
 
 
-def read_prompts(path: str | Path) -> list[str | list[dict[str, str]]]:
+def read_prompts(path: str | Path) -> FileRows:
     """The prompts of a JSON Lines file of rows `{"prompt": ...}`, whatever else these say.
 
     Raises:
@@ -109,7 +111,7 @@ def read_prompts(path: str | Path) -> list[str | list[dict[str, str]]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    prompts = []
+    prompts = FileRows(path, "line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -124,7 +126,7 @@ def read_prompts(path: str | Path) -> list[str | list[dict[str, str]]]:
             _check(row["prompt"], where)
         except TypeError as error:
             raise ValueError(str(error)) from None
-        prompts.append(row["prompt"])
+        prompts.add(number, row["prompt"])
     if not prompts:
         raise ValueError(f"{path} holds no rows; write one object with 'prompt' a line.")
     return prompts
@@ -144,8 +146,10 @@ def encode_prompts(
     Raises:
         TypeError, ValueError: A prompt is none, or too long; or there is none.
     """
-    rows = [_encode(index, prompt, tokenizer, new_tokens) for index, prompt in enumerate(prompts)]
-    _check_room(rows, limit)
+    prompts = prompts if isinstance(prompts, FileRows) else list(prompts)
+    places = [place_of(prompts, index, "prompt") for index in range(len(prompts))]
+    rows = [_encode(index, prompt, places[index], tokenizer, new_tokens) for index, prompt in enumerate(prompts)]
+    _check_room(rows, places, limit)
     return rows
 
 
@@ -167,9 +171,8 @@ def _check(prompt: Any, where: str) -> None:
             raise ValueError(f"{where}: the prompt holds half of a character (a lone surrogate); leave it out.")
 
 
-def _encode(index: int, prompt: Any, tokenizer: Any, new_tokens: int) -> Row:
+def _encode(index: int, prompt: Any, where: str, tokenizer: Any, new_tokens: int) -> Row:
     """A row that generation reads: its prompt, and how many tokens are to follow."""
-    where = f"prompt {index + 1}"
     _check(prompt, where)
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -186,13 +189,13 @@ def _encode(index: int, prompt: Any, tokenizer: Any, new_tokens: int) -> Row:
     return Row(index, prompt, "", tuple(ids), (0,) * new_tokens)
 
 
-def _check_room(rows: Sequence[Row], limit: int | None) -> None:
+def _check_room(rows: Sequence[Row], places: Sequence[str], limit: int | None) -> None:
     if not rows:
         raise ValueError("There is no prompt; give at least one.")
     long = next((row for row in rows if limit is not None and len(row) > limit), None)
     if long is not None:
         raise ValueError(
-            f"prompt {long.index + 1}: its {len(long.prompt_ids)} tokens and {len(long.completion_ids)} new ones "
+            f"{places[long.index]}: its {len(long.prompt_ids)} tokens and {len(long.completion_ids)} new ones "
             f"exceed the model's context of {limit}; shorten it, or generate fewer."
         )
 

@@ -13,6 +13,7 @@ from ..failures import Row
 from ..report import (
     CONTEXT_CHARACTERS,
     BrokenToken,
+    ChangedText,
     FailureRecord,
     PatchedLayer,
     ProblemRecord,
@@ -159,6 +160,7 @@ def make_report(
         versions={name: version(name) for name in ("torch", "transformers", "peft")},
         interrupted=interrupted,
         harm=harm.to_dict() if harm is not None and harm.texts else {},
+        changed_texts=_changed_texts(run.subject.tokenizer, harm),
     )
     for source, (rows, slots) in case.parts.items():
         if rows:
@@ -182,6 +184,13 @@ def make_report(
                         record.goes_on = _text(run.subject.tokenizer, after.goes_on[record.row])
     report.problems = problem_records(report, case.rows, journal, run.subject.tokenizer)
     return report
+
+
+def _changed_texts(tokenizer, harm: TextsHarm | None) -> list[ChangedText]:
+    return [
+        ChangedText(*(_text(tokenizer, ids) for ids in (found.front, [found.was], [found.now], found.rest)))
+        for found in (harm.partings if harm else ())
+    ]
 
 
 def problem_records(report: RepairReport, rows: Sequence[Row], journal: Journal, tokenizer) -> list[ProblemRecord]:

@@ -4,6 +4,7 @@ from .markdown import code, escaped
 from .records import (
     PROBLEM_COLUMNS,
     BrokenToken,
+    ChangedText,
     FailureRecord,
     Labels,
     PatchedLayer,
@@ -20,6 +21,7 @@ __all__ = [
     "CONTEXT_CHARACTERS",
     "PROBLEM_COLUMNS",
     "BrokenToken",
+    "ChangedText",
     "FailureRecord",
     "Labels",
     "PatchedLayer",

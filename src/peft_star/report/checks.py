@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -18,7 +19,9 @@ _KINDS: dict[str, Any] = {
     "str | None": (str, _NONE),
     "bool | None": (bool, _NONE),
     "list[int]": list,
+    "dict[str, Any]": dict,
     "dict[str, float]": dict,
+    "dict[str, str]": dict,
     "dict[str, int]": dict,
     "dict[str, bool]": dict,
     "list[dict[str, Any]]": list,
@@ -36,12 +39,16 @@ def checked(record: Any) -> Any:
         value, kinds = getattr(record, item.name), _KINDS.get(str(item.type))
         if kinds and not isinstance(value, kinds):
             raise TypeError(f"{item.name} is {type(value).__name__}")
+        if str(item.type) == "float" and not _is_figure(value):
+            raise TypeError(f"{item.name} is no figure")
     for name, seconds in getattr(record, "seconds", {}).items():
-        if not isinstance(seconds, (int, float)):
-            raise TypeError(f"the seconds of {name} are {type(seconds).__name__}")
+        if not _is_figure(seconds):
+            raise TypeError(f"the seconds of {name} are no figure")
+    if not _is_figure(getattr(record, "arguments", {}).get("max_harm", 1.0)):
+        raise TypeError("the argument max_harm is no figure")
     harm = getattr(record, "harm", {})
     named = [harm[name] for name in ("changed_share", *HARM) if name in harm]
-    if not all(isinstance(value, (int, float)) for value in named) or "texts" in harm and not harm.keys() >= set(HARM):
+    if not all(map(_is_figure, named)) or "texts" in harm and not harm.keys() >= set(HARM):
         raise TypeError("what is said of the model's own texts is no numbers")
     earlier = getattr(record, "earlier", {})
     if earlier and not all(isinstance(earlier.get(name), int) for name in ("rows", "right", "broken")):
@@ -49,6 +56,13 @@ def checked(record: Any) -> Any:
     if not all(isinstance(text, str) for text in getattr(record, "warnings", [])):
         raise TypeError("a warning is no text")
     for act in getattr(record, "acts", []):
-        if not all(isinstance(text, str) for text in (act["how"], *act["tokens"], *act["layers"])):
+        lists = isinstance(act, dict) and all(isinstance(act[name], list) for name in ("tokens", "layers"))
+        if not lists or not all(isinstance(text, str) for text in (act["how"], *act["tokens"], *act["layers"])):
             raise TypeError("where it acts is no text")
     return record
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value is a number that a float can be; JSON's whole numbers have no limit."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and (isinstance(value, float) or abs(value) <= sys.float_info.max)

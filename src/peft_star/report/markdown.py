@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .records import PROBLEM_COLUMNS, BrokenToken, FailureRecord, Labels, PatchedLayer, ProblemRecord, RowRecord
+from ..text import harmless
+from .records import (
+    PROBLEM_COLUMNS,
+    BrokenToken,
+    ChangedText,
+    FailureRecord,
+    Labels,
+    PatchedLayer,
+    ProblemRecord,
+    RowRecord,
+)
 
 
 def code(text: str) -> str:
     """Text as code in a cell of a Markdown table."""
-    text = text.replace("\\", "\\\\").replace("\n", "\\n").replace("|", "\\|").replace("`", "ˋ")
+    text = harmless(text).replace("\\", "\\\\").replace("\n", "\\n").replace("|", "\\|").replace("`", "ˋ")
     return f"`{text}`" if text else "(none)"
 
 
 def escaped(text: str) -> str:
     """A sentence on one line, whose characters mean nothing to Markdown."""
-    return "".join(f"\\{char}" if char in "\\`*_[]<>|#~$" else char for char in " ".join(text.split()))
+    return "".join(f"\\{char}" if char in "\\`*_[]<>|#~$" else char for char in harmless(" ".join(text.split())))
 
 
 def failures_table(failures: Sequence[FailureRecord], labels: Labels, max_rows: int) -> list[str]:
@@ -42,15 +52,15 @@ def served_tables(figures: Mapping[str, Any], rows: Sequence[RowRecord], max_row
         return []
     lines = ["| served as | rows right before | after | retained rows broken |", "| --- | --- | --- | --- |"]
     lines += [
-        f"| {name} | {seen['rows_exact_before']} of {figures['rows']} | {seen['rows_exact_after']} | "
+        f"| {escaped(name)} | {seen['rows_exact_before']} of {figures['rows']} | {seen['rows_exact_after']} | "
         f"{seen['retained_rows_broken']} of {figures['retained_rows']} |"
         for name, seen in figures["served"].items()
     ]
-    names = list(figures["served"])
+    names = list(map(escaped, figures["served"]))
     lines += ["", f"| row | completion | right | {' | '.join(names)} |", f"|{' --- |' * (3 + len(names))}"]
     for row in rows[:max_rows]:
         marks = ("✓" if right else "✗" for right in (row.exact_after, *row.served_after.values()))
-        lines.append(f"| {row.row} | {code(row.completion)} | {' | '.join(marks)} |")
+        lines.append(f"| {escaped(row.label)} | {code(row.completion)} | {' | '.join(marks)} |")
     return [*lines, ""]
 
 
@@ -92,9 +102,20 @@ def broken_table(broken: Sequence[BrokenToken], labels: Labels, max_rows: int) -
         return []
     lines = ["| broken in | row | context | expected | now |", "| --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {token.source} | {escaped(labels[token.source, token.row])} | {code(token.context)} "
+        f"| {escaped(token.source)} | {escaped(labels[token.source, token.row])} | {code(token.context)} "
         f"| {code(token.expected)} | {code(token.after)} |"
         for token in broken[:max_rows]
+    ]
+    return [*lines, ""]
+
+
+def changed_texts_table(texts: Sequence[ChangedText], max_rows: int) -> list[str]:
+    """Where texts that the model says by itself change."""
+    if not texts:
+        return []
+    lines = ["| text of the model's own | said | says |", "| --- | --- | --- |"]
+    lines += [
+        f"| {code(item.context[-40:])} | {code(item.before)} | {code(item.after)} |" for item in texts[:max_rows]
     ]
     return [*lines, ""]
 
@@ -104,5 +125,5 @@ def layers_table(layers: Sequence[PatchedLayer]) -> list[str]:
     if not layers:
         return []
     lines = ["| layer | neurons | norm of the delta |", "| --- | --- | --- |"]
-    lines += [f"| `{item.name}` | {len(item.neurons)} | {item.delta_norm:.4g} |" for item in layers]
+    lines += [f"| {code(item.name)} | {len(item.neurons)} | {item.delta_norm:.4g} |" for item in layers]
     return [*lines, ""]

@@ -130,6 +130,17 @@ class BrokenToken:
 
 
 @dataclass
+class ChangedText:
+    """A text that the model said by itself and that the patch changes, where it changes first: what stands in front,
+    the token there before and after, and how the text went on before."""
+
+    context: str
+    before: str
+    after: str
+    rest: str = ""
+
+
+@dataclass
 class PatchedLayer:
     """One patched FFN: its module, its neurons (ascending) and the Frobenius norm of its delta."""
 

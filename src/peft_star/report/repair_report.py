@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+from ..files import read_json, what_is_wrong, write_json
 from .checks import checked
 from .markdown import (
     broken_table,
+    changed_texts_table,
     failures_table,
     going_on_table,
     layers_table,
@@ -20,7 +21,7 @@ from .markdown import (
     warnings_list,
 )
 from .picture import draw
-from .records import BrokenToken, FailureRecord, Labels, PatchedLayer, ProblemRecord, RowRecord
+from .records import BrokenToken, ChangedText, FailureRecord, Labels, PatchedLayer, ProblemRecord, RowRecord
 
 
 def _mean(values: Sequence[float | bool]) -> float:
@@ -49,6 +50,7 @@ class RepairReport:
         entry: The id of the repair's entry in the patch's ledger; "": it made none.
         harm: What the patch does to texts that the model says by itself, as `evaluation.TextsHarm`; empty: not
             measured.
+        changed_texts: One [`ChangedText`] for each of those texts that changes.
     """
 
     failures: list[FailureRecord]
@@ -67,6 +69,7 @@ class RepairReport:
     warnings: list[str] = field(default_factory=list)
     entry: str = ""
     harm: dict[str, float] = field(default_factory=dict)
+    changed_texts: list[ChangedText] = field(default_factory=list)
 
     @property
     def num_solved(self) -> int:
@@ -178,8 +181,8 @@ class RepairReport:
         try:
             data = read_json(Path(path))
             known = {item.name for item in fields(cls)}
-            # reports of earlier versions know no problems, and hold their seconds themselves
-            data = {"problems": [], **{key: value for key, value in data.items() if key in known}}
+            # reports of earlier versions know no problems and no changed texts, and hold their seconds themselves
+            data = {"problems": [], "changed_texts": [], **{key: value for key, value in data.items() if key in known}}
             if "seconds" not in data:
                 times = _times_of(path)
                 data["seconds"] = read_json(times)["seconds"] if times.is_file() else {}
@@ -189,11 +192,14 @@ class RepairReport:
                 ("broken", BrokenToken),
                 ("layers", PatchedLayer),
                 ("problems", ProblemRecord),
+                ("changed_texts", ChangedText),
             ):
                 data[key] = [checked(kind(**item)) for item in data[key]]
-            return checked(cls(**data))
+            report = checked(cls(**data))
+            report.summary()  # adds up what has to belong together
+            return report
         except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a repair report ({error}).") from None
+            raise ValueError(f"{path} is not a repair report ({what_is_wrong(error)}).") from None
 
     def to_markdown(self, max_rows: int = 50) -> str:
         """The report as Markdown: summary, failing tokens, what broke, the patched layers."""
@@ -223,6 +229,7 @@ class RepairReport:
         lines += problems_table(self.problems, max_rows) if self.tells_problems else []
         lines += warnings_list(self.problems, self.warnings)
         lines += broken_table(self.broken, labels, max_rows)
+        lines += changed_texts_table(self.changed_texts, max_rows)
         lines += layers_table(self.layers)
         return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 from peft import PeftConfig
 
-from ..report import RepairReport
+from ..report import RepairReport, code, escaped
 from .card_sections import damage, repaired, size, twin, usage
 from .download import hub_id, short_name
 from .patch_files import (
@@ -98,8 +98,9 @@ def model_card(
     if base:
         base_text = f"[{base}](https://huggingface.co/{base})"
     else:
-        base_text = f"`{short_name(name)}`" if name else "its base model"
-    title = repo_id.split("/")[-1] if repo_id else f"STAR patch of {short_name(name) if name else 'a language model'}"
+        base_text = code(short_name(name)) if name else "its base model"
+    of = escaped(short_name(name)) if name else "a language model"
+    title = repo_id.split("/")[-1] if repo_id else f"STAR patch of {of}"
     sections = [
         f"# {title}",
         f"A patch of {size(report, patch)}{base_text}, made with peft_star. It repairs single tokens that the "
@@ -109,17 +110,21 @@ def model_card(
     if fingerprint and fingerprint != "unknown":
         sections.append(
             "The patch fits the weights that it was made for and no others; their fingerprint, as "
-            f"`peft_star.fingerprint(model)` gives it: `{fingerprint}`"
+            f"`peft_star.fingerprint(model)` gives it: {code(fingerprint)}"
         )
     where = repo_id or "path/to/this/directory"
-    sections += usage(where, base, name, read("revision"), task, subfolder)
-    sections += twin(where, base, name, read("revision"), task) if lora else []
+    # it becomes a part of code that readers run
+    revision = read("revision")
+    revision = revision if isinstance(revision, str) and re.fullmatch(r"[\w./-]+", revision) else None
+    sections += usage(where, base, name, revision, task, subfolder)
+    sections += twin(where, base, name, revision, task) if lora else []
     if report:
         sections += repaired(report, plot, where) + damage(report)
     if command:
         sections.append(f"## How it was made\n\n```bash\n{command}\n```")
     if report and report.versions:
-        sections.append("Made with " + ", ".join(f"{key} {value}" for key, value in report.versions.items()) + ".")
+        versions = ", ".join(f"{key} {value}" for key, value in report.versions.items())
+        sections.append(f"Made with {escaped(versions)}.")
     sections.append(
         "The method is STAR: Gu, Chen, Aleti, Zhang, *A Semantic-based Optimization Approach for Repairing LLMs: Case "
         "Study on Code Generation*."

@@ -117,6 +117,24 @@ def find_ledger(patch: str | Path, subfolder: str | None = None, **hub: Any) -> 
     return Path(files[-1]).parent
 
 
+def files_of(directory: Path) -> list[Path]:
+    """The files and directories in a patch's directory.
+
+    Raises:
+        ValueError: One of them is a link to something elsewhere: whoever made the patch would choose which file of
+            this machine is copied with it, and published.
+    """
+    root = directory.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":  # of Hugging Face's cache, whose files are links to what lies beside
+        allowed.append(root.parents[1] / "blobs")
+    found = sorted(directory.iterdir())
+    for path in (*found, *directory.glob("*/*")):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise ValueError(f"{path} is a link to something outside of the patch; put the file itself there.")
+    return found
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name that does not exist on disk was meant as a path rather than as a Hub id."""
     return (
@@ -128,20 +146,20 @@ def looks_like_path(name: str) -> bool:
     )
 
 
-def hub_id(name: str | None) -> str | None:
-    """`name` when it is a model's id on the Hub, None when it is a path of this machine or nothing at all."""
-    if not name or looks_like_path(name) or Path(name).expanduser().exists():
+def hub_id(name: Any) -> str | None:
+    """`name` when it is a model's id on the Hub, None when it is a path of this machine or nothing of a name."""
+    if not isinstance(name, str) or not name or looks_like_path(name):
         return None
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name
+    return None if Path(name).exists() else name
 
 
 def short_name(name: str) -> str:
     """A Hub id as it is, and of a path the last part: the rest tells about a machine."""
-    return hub_id(name) or [part for part in re.split(r"[\\/]", name) if part][-1:][0]
+    return hub_id(name) or next((part for part in reversed(re.split(r"[\\/]", name)) if part), name)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..row_checks import validate_row
-from .changes import Change, Changes, add, norm, pack, unpack
+from .changes import RIGHT, WHOLE, Change, Changes, add, norm, pack, unpack
 from .patch_files import checksum
 
 KINDS = ("repair", "change outside of a repair")
@@ -21,6 +21,7 @@ REPAIR, OUTSIDE = KINDS
 SOURCES = ("failures", "retain", "related")
 # activations of failing tokens that are kept in the place of their rows: a part of the tensors of an entry
 KEYS = "keys"
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class Entry:
         """What the repair changed in one of its modules."""
         return unpack({part: tensor for part, tensor in self.tensors[name].items() if part != KEYS})
 
+    def outputs(self) -> dict[str, int]:
+        """By module how many outputs (d) what the repair changed has; nothing is unpacked for it."""
+        whole = {name: parts.get(WHOLE, parts.get(RIGHT)) for name, parts in self.tensors.items()}
+        return {name: tensor.shape[1] for name, tensor in whole.items() if tensor is not None}
+
     def keys(self) -> dict[str, torch.Tensor]:
         """By module the activations (n, m) of its failing tokens, where they are kept."""
         return {name: parts[KEYS] for name, parts in self.tensors.items() if KEYS in parts}
@@ -197,13 +203,14 @@ def read_entry(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> Entry:
     if len(entry.id) != 8 or not all(char in "0123456789abcdef" for char in entry.id) or entry.kind not in KINDS:
         raise ValueError("an entry has no id or no kind")
     for values in (entry.harm, entry.patch):
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in values.values()):
+        if not all(type(value) in (int, float) and abs(value) <= LARGEST for value in values.values()):
             raise ValueError(f"a figure of entry {entry.id} is no number")
     for row in rows:
         _check_row(row, entry.id)
     for name, parts in entry.tensors.items():
-        if KEYS in parts and (parts[KEYS].dim() != 2 or not parts[KEYS].isfinite().all()):
-            raise ValueError(f"the activations of entry {entry.id} are no finite matrix")
+        keys = parts.get(KEYS)
+        if keys is not None and (keys.dtype != torch.bfloat16 or keys.dim() != 2 or not keys.isfinite().all()):
+            raise ValueError(f"the activations of entry {entry.id} are no finite matrix in bfloat16")
         if name not in entry.modules and set(parts) != {KEYS}:
             raise ValueError(f"entry {entry.id} does not name {name}")
     for name, count in entry.modules.items():

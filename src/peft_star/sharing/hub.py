@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,10 +18,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import PushToHubMixin
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..report import RepairReport
 from .card import clean_card, write_card
-from .download import hub_id, in_one_sentence
+from .download import files_of, hub_id, in_one_sentence
 from .lora import patch_to_lora
 from .patch_files import (
     ANY_WEIGHTS,
@@ -82,7 +81,7 @@ def push(
     check_token(token)
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
-        for path in directory.iterdir():
+        for path in files_of(directory):
             if path.is_file() and not path.name.startswith("."):
                 shutil.copyfile(path, staging / path.name)
             elif path in folders or (path.name == LORA_DIR and (path / CONFIG_NAME).is_file()):
@@ -132,8 +131,10 @@ def make_ready(directory: Path, repo_id: str, *, token: str | bool | None = None
 
 
 def _blank_base(path: Path, is_base: Callable[[str], bool]) -> None:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    config = data.get("config", {}) if path.name == REPORT_NAME else data
+    data = read_json(path)
+    config = data.get("config") if path.name == REPORT_NAME and isinstance(data, dict) else data
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is damaged: it holds no configuration.")
     base = hub_id(config.get("base_model_name_or_path"))
     if config.get("base_model_name_or_path") and not (base and is_base(base)):
         config["base_model_name_or_path"] = None

@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from ..files import read_json, write_json
+from ..files import read_json, what_is_wrong, write_json
 from ..models.names import plain_name
 from .changes import Changes, total
 from .entries import Entry, LedgerRow, now, read_entry, tensors_of
@@ -135,11 +135,32 @@ class Ledger:
             parts = _sorted(tensors)
             entries = tuple(read_entry(item, parts) for item in data["entries"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}).") from None
+            raise ValueError(f"{path} cannot be read ({what_is_wrong(error)}).") from None
         ids = {entry.id for entry in entries}
         if len(ids) < len(entries) or not parts.keys() <= ids:
             raise ValueError(f"{path} cannot be read (its entries and its tensors do not belong together).")
-        return cls(entries)
+        ledger = cls(entries)
+        ledger.check_outputs({}, str(path))
+        return ledger
+
+    def check_outputs(self, outputs: Mapping[str, int], what: str) -> None:
+        """Refuse changes that cannot be added up.
+
+        Args:
+            outputs: By module the number of outputs, where it is known.
+            what: What is refused, for the message.
+
+        Raises:
+            ValueError: One sentence.
+        """
+        known = dict(outputs)
+        for entry in self.entries:
+            for name, found in entry.outputs().items():
+                if found != known.setdefault(name, found):
+                    raise ValueError(
+                        f"{what} cannot be read (entry {entry.id} changes {found} outputs of {name}, which has "
+                        f"{known[name]})."
+                    )
 
     @classmethod
     def joined(cls, ledgers: Sequence[Ledger | None]) -> Ledger:
@@ -161,7 +182,7 @@ def _sha256(path: Path) -> str:
 def _sorted(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for key, tensor in tensors.items():
-        entry, name, part = key.split("/")
+        entry, name, part = key.split("/") if key.count("/") == 2 else ("", "", "")
         if not is_module_name(name) or plain_name(name) != name:
             raise ValueError("a tensor names no module")
         found.setdefault(entry, {}).setdefault(name, {})[part] = tensor

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..files import new_directory
 from ..models.structure import linear_shape
 from .card import lora_card
+from .changes import MOST_NUMBERS
 from .download import find_patch
 from .patch_files import CARD_NAME, Patch, check_patch_output, write_adapter
 
@@ -126,14 +127,17 @@ def _widths(patch: Patch, source: Path | None) -> dict[str, int]:
     """The number of neurons of each module: as the patch records it, or else from the base model's configuration."""
     widths: dict[str, Any] | None = recorded_widths(patch)
     names = list(patch.neurons)
-    if not all(isinstance(recorded_widths(patch).get(name), int) for name in names):
+    if not all(type(recorded_widths(patch).get(name)) is int for name in names):
         widths = _widths_of_base(patch.config.get("base_model_name_or_path"), names)
     if widths is None:
         raise ValueError(
             f"{source or 'The patch'} does not record how wide the patched modules are, and the configuration of its "
             "base model is not at hand; load it onto the base model and pass that model to export_lora instead."
         )
-    return {name: widths[name] for name in names}
+    found, rank = {name: widths[name] for name in names}, max(map(len, patch.neurons.values()))
+    if min(found.values()) < 1 or max(found.values()) * rank > MOST_NUMBERS:
+        raise ValueError(f"{source or 'The patch'} is damaged: no module is as wide as it says of its own.")
+    return found
 
 
 def _widths_of_base(base: str | None, names: list[str]) -> dict[str, int] | None:

@@ -84,7 +84,8 @@ def patch_page(directory: Path, *, name: str | None = None, ledger: Sequence[Map
         map=neuron_map(patch, report.problems if report else ()),
         labels=report.labels() if report else {},
         columns=PROBLEM_COLUMNS,
-        harm=report.harm if report else {},
+        harm=harm_told(report.harm) if report else {},
+        changed_texts=report.changed_texts if report else [],
         ledger=list(ledger),
         most=SHOWN_ROWS,
         **{"cases": _no_cases(), "acts": [], "warnings": [], "settings": {}, **shown},
@@ -151,6 +152,16 @@ def _facts(patch: Patch, report: RepairReport | None, size: int) -> dict[str, st
     return {label: text for label, text in facts.items() if text}
 
 
+def harm_told(harm: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says of the model's own texts, by what a reader would call it."""
+    if not {"texts", "unchanged", "kl"} <= harm.keys():
+        return dict(harm)
+    return {
+        "The model's own texts": f"{harm['unchanged']:g} of {harm['texts']:g} unchanged",
+        "Divergence there (KL)": f"{harm['kl']:.2g} nats a token",
+    }
+
+
 def _no_cases() -> dict[str, list[Case]]:
     return {"failures": [], "related": [], "retain": []}
 
@@ -214,5 +225,5 @@ def _lines(row: RowRecord, failures: Sequence[FailureRecord]) -> list[Line]:
     else:
         lines += [Line("says", changed(after, row.completion), "bad"), wanted]
     if row.goes_on is not None:
-        lines.append(Line("goes on with", [Piece(row.goes_on.strip("\n"))], "faint"))
+        lines.append(Line("goes on with", [Piece(row.goes_on.strip("\n") or "(the end of the line)")], "faint"))
     return lines

@@ -31,6 +31,10 @@ NEURONS, DELTA = "star_neurons", "star_delta"
 BASE_PARTS = {"original_module", "base_layer"}
 CHECKSUM = "tensors_sha256"  # where the configuration keeps what `checksum` says
 LEDGER_CHECKSUM = "ledger_sha256"  # ... and what the ledger's says
+# of a configuration, what is read without PEFT, which would look at its type
+_TEXTS = ("base_model_name_or_path", "revision", "task_type", "base_fingerprint", CHECKSUM, LEDGER_CHECKSUM)
+# of deltas: what the arithmetic of patches knows
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,9 @@ def read_patch_config(directory: Path) -> dict[str, Any]:
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type != "STAR":
         raise ValueError(f"{directory} holds an adapter of type {peft_type}, not a STAR patch.")
+    wrong = next((key for key in _TEXTS if not isinstance(config.get(key), str | None)), None)
+    if wrong:
+        raise ValueError(f"{path} is damaged: its `{wrong}` is {type(config[wrong]).__name__}, and no text.")
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(map(is_module_name, saved))):
         raise ValueError(f"{path} is damaged: its `modules_to_save` is no list of names of modules.")
@@ -329,10 +336,14 @@ def _sort_tensors(
     if not names:
         raise ValueError(f"{path} holds no patched neuron.")
     for name in names:
+        if not is_module_name(name):
+            raise ValueError(f"{path} is damaged: {name[:60]!r} can be the name of no module.")
         damage = _damage(name, parts[NEURONS].get(name), parts[DELTA].get(name))
         if damage:
             raise ValueError(f"{path} is damaged: {damage}.")
     neurons, deltas = ({name: part[name] for name in names} for part in parts.values())
+    # of unsigned types torch knows little
+    neurons = {name: found if found.dtype == INDEX_DTYPE else found.to(torch.int64) for name, found in neurons.items()}
     return neurons, deltas, tuple(sorted(others))
 
 
@@ -340,9 +351,13 @@ def _damage(name: str, neurons: torch.Tensor | None, delta: torch.Tensor | None)
     """What is wrong with a module's tensors whatever model they are for, if anything is."""
     if neurons is None or delta is None:
         return f"{name} lacks its {'neurons' if neurons is None else 'delta'}"
-    if neurons.dim() != 1 or delta.dim() != 2 or len(neurons) != len(delta) or not _is_integral(neurons):
+    if delta.dtype not in _DTYPES:
+        return f"the delta of {name} is of the type {str(delta.dtype).removeprefix('torch.')}, and no patch's"
+    shaped = neurons.dim() == 1 and delta.dim() == 2 and len(neurons) == len(delta) and delta.shape[1] > 0
+    if not shaped or not _is_integral(neurons):
         return f"the neurons and the delta of {name} do not belong together"
-    if len(neurons) and (neurons.min() < 0 or len(neurons.unique()) < len(neurons)):
+    wide = neurons.to(torch.int64)
+    if len(wide) and (wide.min() < 0 or len(wide.unique()) < len(wide)):
         return f"{name} names neurons that cannot be"
     if not delta.isfinite().all():
         return f"the delta of {name} is not finite"

@@ -15,7 +15,7 @@ from ..files import new_directory
 from ..models.names import PEFT_PREFIX
 from .card import write_card
 from .changes import Changes, difference, norm, subtract
-from .download import find_patch
+from .download import files_of, find_patch
 from .entries import Entry
 from .ledger import Ledger
 from .lora import patch_to_lora
@@ -69,8 +69,10 @@ class Recorded:
         """
         directory = find_patch(patch, revision=revision, token=token)
         read = Patch.read(directory)
-        ledger = Ledger.read(directory, read.config.get(LEDGER_CHECKSUM))
-        return cls(str(patch), directory, read, ledger or Ledger())
+        ledger = Ledger.read(directory, read.config.get(LEDGER_CHECKSUM)) or Ledger()
+        outputs = {name: delta.shape[1] for name, delta in read.deltas.items()}
+        ledger.check_outputs(outputs, str(directory / LEDGER_NAME))
+        return cls(str(patch), directory, read, ledger)
 
     @property
     def deltas(self) -> Changes:
@@ -146,10 +148,10 @@ def rewriting(
     check_patch_output(output, overwrite, inputs=inputs)
     twin = (directory / LORA_DIR / CONFIG_NAME).is_file() or bool(source.patch.config.get("lora_twin"))
     # a card that somebody wrote is kept
-    kept = [directory / CARD_NAME]
+    kept = [path for path in files_of(directory) if path.name == CARD_NAME]
     if output.resolve() == directory.resolve():
         own = {CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, TIMES_NAME, PLOT_NAME, LEDGER_NAME, LEDGER_WEIGHTS}
-        kept = [path for path in directory.iterdir() if path.name not in own]
+        kept = [path for path in files_of(directory) if path.name not in own]
     with new_directory(output, overwrite) as temporary:
         for path in kept:
             if path.is_file():

@@ -251,6 +251,7 @@ class StarConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType("STAR")
+        check_patterns(self.target_modules, self.exclude_modules, self.layers_pattern)
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, (list, tuple)) else self.target_modules
         )
@@ -282,7 +283,6 @@ class StarConfig(PeftConfig):
                 raise TypeError(f"`{name}` should be a string, got {getattr(self, name)!r}.")
         if self.modules_to_save is not None:
             check_modules_to_save(self.modules_to_save)
-        check_patterns(self.target_modules, self.exclude_modules, self.layers_pattern)
         if self.scope is not None:
             check_scope(self.scope)
         # no field: it is a repair's, and goes into files of its own

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.names import plain_name
+from ..models.structure import neuron_shape
+from ..sharing.ledger import Ledger
 from ..sharing.patch_files import (
     DELTA,
     NEURONS,
@@ -22,7 +24,7 @@ from ..sharing.patch_files import (
     check_neurons,
     is_patch,
 )
-from .layer import StarLayer
+from .layer import StarLayer, star_layers
 from .neurons import spread_neurons
 
 
@@ -95,6 +97,29 @@ def check_tensors(
         found[name] = check_neurons(neurons, layer.in_features, f"the module {module}")
         check_delta(delta, found[name].numel(), layer.out_features, f"the module {module}")
     return found
+
+
+def check_ledger(ledger: Ledger, model: nn.Module) -> None:
+    """Refuse a ledger of another model: the next repair adds up what it holds.
+
+    Raises:
+        ValueError: One sentence.
+    """
+    shapes = {plain_name(name): neuron_shape(module) for name, module in model.named_modules()}
+    shapes |= {plain_name(name): (layer.in_features, layer.out_features) for name, layer in star_layers(model).items()}
+    what = "The patch's ledger"
+    for entry in ledger.entries:
+        for name in entry.tensors:
+            if name not in shapes:
+                raise ValueError(f"{what} cannot be used: entry {entry.id} is about {name}, which the model lacks.")
+        for name, keys in entry.keys().items():
+            shape = shapes[name]
+            if shape is not None and keys.shape[1] != shape[0]:
+                raise ValueError(
+                    f"{what} cannot be used: entry {entry.id} holds activations of {keys.shape[1]} neurons of {name}, "
+                    f"which has {shape[0]}."
+                )
+    ledger.check_outputs({name: shape[1] for name, shape in shapes.items() if shape is not None}, what)
 
 
 def make_room(layer: StarLayer, adapter_name: str, neurons: torch.Tensor) -> bool:

@@ -30,7 +30,7 @@ from ..sharing.patch_files import (
 from .config import StarConfig
 from .experts import Experts
 from .layer import Linear, StarLayer, count_of, execution_device, star_layers
-from .loading import check_tensors, load_checked, make_identity, make_room, saved_names
+from .loading import check_ledger, check_tensors, load_checked, make_identity, make_room, saved_names
 from .neurons import TOO_MANY_NEURONS
 from .recording import record_counts, record_widths
 
@@ -402,6 +402,8 @@ class StarModel(BaseTuner):
         saved = saved_names(model, adapter_name)
         # everything is checked before anything is changed
         loaded = check_tensors(remapped, layers, saved, adapter_name)
+        if config.loaded_ledger is not None:
+            check_ledger(config.loaded_ledger, model)
         if len(loaded) == len(layers):  # else PEFT has something to report anyway
             as_saved = {saved.get(key, key): tensor for key, tensor in state_dict.items()}
             check_checksum(as_saved, config.tensors_sha256, "The patch")

@@ -26,7 +26,9 @@ from ..sharing.ledger import Ledger
 from ..sharing.lora import patch_to_lora, write_lora
 from ..sharing.patch_files import DELTA, LEDGER_CHECKSUM, NEURONS, Patch, checksum
 from .config import StarConfig
+from .config_checks import check_scope
 from .layer import StarLayer, star_layers
+from .loading import check_ledger
 from .model import StarModel
 from .recording import record_counts, widths_of
 from .reports import Repaired
@@ -149,7 +151,11 @@ def swap_patch(
 
     directory = find_patch(patch, revision=revision, token=token)
     new = _read_patch(patch, directory, layers, adapter_name)
-    ledger = Ledger.read(directory, new.config.get(LEDGER_CHECKSUM))
+    ledger, scope = Ledger.read(directory, new.config.get(LEDGER_CHECKSUM)), new.config.get("scope")
+    if ledger is not None:
+        check_ledger(ledger, inner)
+    if scope is not None:
+        check_scope(scope)
 
     in_place = all(
         neurons.shape == layers[name].star_neurons[adapter_name].shape for name, neurons in new.neurons.items()
@@ -168,7 +174,7 @@ def swap_patch(
                 layer.star_delta[adapter_name].zero_()
     record_counts(config, {name: layer.star_neurons[adapter_name].numel() for name, layer in layers.items()})
     config.base_fingerprint = new.config.get("base_fingerprint")
-    config.ledger, config.scope = ledger, new.config.get("scope")
+    config.ledger, config.scope = ledger, scope
     config.repaired = None  # what was reported of the old patch says nothing of the new one
     warn_of_other_base(inner, config.to_dict())
     return in_place
