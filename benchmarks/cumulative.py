@@ -268,13 +268,14 @@ def run(study: Study, subjects: Sequence[Subject], methods: Mapping[str, Method]
         for name, method in methods.items()
         if subject.needs_focus or not needs_focus(method)
     ]
-    with tqdm(total=len(pairs) * (len(counts) + len(ends)), desc="points") as bar:
+    at_once = counts if study.given.at_once else []
+    with tqdm(total=len(pairs) * (len(at_once) + len(ends)), desc="points") as bar:
 
         def advance(key: str) -> None:
             bar.set_postfix_str(key)
             bar.update()
 
-        for count in counts:
+        for count in at_once:
             for subject, name, method in pairs:
                 study.at_once(subject, name, method, count, advance)
         for subject, name, method in pairs:
@@ -288,6 +289,7 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", default=METHODS, help="name or name:setting=value,...")
     options.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="rows of a patch")
     options.add_argument("--step", type=int, default=10, help="rows of a batch in succession; 0: at once only")
+    options.add_argument("--at-once", action=argparse.BooleanOptionalAction, default=True, help="patches at once, too")
     options.add_argument("--data", type=Path, help="folder with the tasks' folders")
     options.add_argument("--tasks", nargs="*", default=[], choices=TASKS)
     options.add_argument("--facts", type=Path, help="facts, one a line, as in transfer.py")
@@ -305,8 +307,12 @@ def main() -> None:
         options.error("There is nothing to repair; give --tasks with --data, or --facts.")
     if min(given.counts) < 1 or given.step < 0 or given.unseen < 1:
         options.error("--counts and --unseen begin at 1, --step at 0.")
+    if not given.at_once and not given.step:
+        options.error(
+            "Neither at once nor in succession nothing is repaired; give a --step, or leave out --no-at-once."
+        )
     # which points there are may change from run to run, how each is made may not
-    free = ("methods", "counts", "step", "tasks", "facts", "data", "states", "plot")
+    free = ("methods", "counts", "step", "at_once", "tasks", "facts", "data", "states", "plot")
     state = resume(given.json, setting_of(given, *free))
     state["benchmark"] = "cumulative"
     methods = {name: parse_method(name) for name in given.methods}

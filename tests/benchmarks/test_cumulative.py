@@ -164,6 +164,11 @@ def test_points_are_measured_once(command, capsys, monkeypatch, tmp_path):
         command(*command.task, "--counts", 1)
 
 
+def test_patches_at_once_can_be_left_out(command):
+    found = command(*command.task, "--counts", 2, "--step", 1, "--no-at-once")
+    assert [key.split(", ", 2)[2] for key in found] == ["in succession by 1, 1", "in succession by 1, 2"]
+
+
 def test_the_page_of_results_has_its_tables_and_pictures(command, tmp_path):
     command(*command.task, "--counts", 1, 2, "--step", 1)
     command(*command.facts, "--counts", 1, "--step", 0)
@@ -220,6 +225,7 @@ def test_a_stopped_series_goes_on_as_if_it_had_not(kept, command, monkeypatch):
         (["--tasks", "conala"], "--tasks need --data"),
         ([], "nothing to repair"),
         (["--facts", "F", "--counts", "0"], "begin at 1"),
+        (["--facts", "F", "--counts", "1", "--step", "0", "--no-at-once"], "nothing is repaired"),
         (["--facts", "F", "--counts", "3"], "holds 2 facts"),
         (["--data", "D", "--tasks", "conala", "--counts", "4"], "gets 3 rows of conala wrong"),
     ],
