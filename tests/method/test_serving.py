@@ -139,7 +139,7 @@ def test_a_repair_has_the_margin_that_its_arithmetic_needs(mode, algorithm, monk
         "q8_0": {"rows_exact_before": 0, "rows_exact_after": 2, "retained_rows_broken": 0}
     }
     text = held.to_markdown()
-    assert "| q8_0 | 0 of 2 | 2 | 0 of 0 |" in text and "| 1 | ` w40` | ✓ | ✓ |" in text
+    assert "| q8_0 | 0 of 2 | 2 | 0 of 0 |" in text and "| 2 | ` w40` | ✓ | ✓ |" in text
 
 
 def test_where_it_holds_at_once_each_arithmetic_is_looked_at_before_and_after(monkeypatch):

@@ -14,6 +14,7 @@ from peft_star.failures import Row
 from peft_star.method.callbacks import Journal
 from peft_star.method.records import problem_records
 from peft_star.report import BrokenToken, FailureRecord, PatchedLayer, ProblemRecord, RowRecord
+from peft_star.report.markdown import escaped
 from support.words import word_tokenizer
 
 LAYERS = [PatchedLayer(f"model.layers.{index}.mlp.down_proj", [1, 2], 0.5) for index in (2, 3)]
@@ -221,3 +222,17 @@ def test_tables_of_what_serves_a_patch_count_rows_as_the_others_do():
     text = report_of([known], [failed(0, 1)]).to_markdown()
     assert f"| 3 (BUG-7) | `{known.completion}` | ✓ | ✓ |" in text and "| 0 |" not in text
     assert "<b>" not in text.replace("\\<b\\>", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("q8_0", "q8_0"),
+        ("BUG_12", "BUG_12"),
+        ("_a_ a__b", r"\_a\_ a\_\_b"),
+        ("[x](y) <b> *c* `d` e|f", r"\[x\](y) \<b\> \*c\* \`d\` e\|f"),
+        ("two\nlines", "two lines"),
+    ],
+)
+def test_words_of_strangers_mean_nothing_to_markdown(text, shown):
+    assert escaped(text) == shown

@@ -165,11 +165,15 @@ def as_nobody(*args: object) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_read_only_folder_is_refused_before_any_work(patch: Path, rows: Path, capfd, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_refused_before_any_work(
+    patch: Path, rows: Path, capfd, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    for parent in (patch, *patch.parents[:3], *tmp_path.parents[:2], tmp_path):
-        parent.chmod(0o755)
+    # pytest's folders are for their owner alone, and one of its workers' lies a step deeper
+    for parent in (patch, *patch.parents, tmp_path, *tmp_path.parents):
+        if parent.is_relative_to(tmp_path_factory.getbasetemp()) or parent.name.startswith("pytest-"):
+            parent.chmod(0o755)
     folder.chmod(0o555)
     none = "./no-model-is-needed"
     for command in (

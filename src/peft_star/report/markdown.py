@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from .records import (
     RowRecord,
 )
 
+# characters that mean something to Markdown; an underscore within a word does not
+_MEANT = re.compile(r"[\\`*\[\]<>|#~$]|(?<![^\W_])_|_(?![^\W_])")
+
 
 def code(text: str) -> str:
     """Text as code in a cell of a Markdown table."""
@@ -26,7 +30,7 @@ def code(text: str) -> str:
 
 def escaped(text: str) -> str:
     """A sentence on one line, whose characters mean nothing to Markdown."""
-    return "".join(f"\\{char}" if char in "\\`*_[]<>|#~$" else char for char in harmless(" ".join(text.split())))
+    return _MEANT.sub(r"\\\g<0>", harmless(" ".join(text.split())))
 
 
 def failures_table(failures: Sequence[FailureRecord], labels: Labels, max_rows: int) -> list[str]:
