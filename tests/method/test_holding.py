@@ -114,6 +114,41 @@ def test_a_round_that_helps_nothing_is_taken_back(tokenizer):
         assert torch.equal(left[name][0], neurons) and torch.equal(left[name][1], delta)
 
 
+@pytest.mark.parametrize(
+    ("after", "kept"),
+    [
+        ([(-1, 0), (0, 9), (0, 9)], 2),  # what the first round broke the second mends, and the third helps nothing
+        ([(-1, 0), (-1, 9)], 0),
+        ([(0, 0)], 0),  # nothing retained broke, so there is no other round
+    ],
+)
+def test_after_a_round_that_breaks_retained_tokens_one_more_goes_on(after, kept, tokenizer, monkeypatch):
+    rounds, best, scores = [], (0, 0), iter(after)
+
+    @torch.no_grad()
+    def push(run, goal, traced):
+        rounds.append(goal)
+        for layer in run.subject.held().values():
+            layer.delta.mul_(2)
+
+    def score(case, before, now, gaps):
+        # of each round that of its state is asked for first, and then the best one so far
+        nonlocal best
+        if score.asked:
+            score.asked = False
+            return score.best
+        score.asked, found = True, next(scores)
+        score.best, best = best, max(best, found)
+        return found
+
+    score.asked = False
+    monkeypatch.setattr("peft_star.method.holding._score", score)
+    *_, deltas, left = holding(tokenizer, 3.0, patch=push)
+    assert len(rounds) == len(after)
+    for name, (_, delta) in deltas.items():
+        torch.testing.assert_close(left[name][1], delta * 2**kept)
+
+
 def test_a_round_asks_for_the_failures_and_for_what_does_not_hold(tokenizer):
     goals = []
     holding(tokenizer, 3.0, own_continuations(tokenizer)[:2], patch=lambda run, goal, traced: goals.append(goal))

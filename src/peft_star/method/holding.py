@@ -25,7 +25,8 @@ def hold(
 ) -> Seen:
     """Push what is right in the model's own arithmetic and wrong in another, and retained tokens that broke there.
 
-    A round that makes no more rows hold than before is taken back, and is the last.
+    A round that makes no more rows hold is taken back, and is the last; but if it broke retained tokens, one more goes
+    on from there, as these may be right again then. The best state is kept.
 
     Args:
         run: What every stage is given.
@@ -42,6 +43,7 @@ def hold(
     own, looks = case.parts["failures"][1], [(before.predictions, before.under)]
     # what is at hand are these failures alone: neither shared with others, nor grown
     run = replace(run, args=replace(run.args, reach="prompt"))
+    best, held, another = now, _held(run), True
     for _ in range(ROUNDS):
         looks.append((now.predictions, now.under))
         gaps = needed_gaps(*looks)
@@ -55,19 +57,28 @@ def hold(
         task = Task.of(medium, before.predictions, run.args.margin, gaps)
         goal = Goal(case.batches, case.retained_batches, task, now.predictions)
         goal = goal.watching([batch for batch in case.retained_batches if lacking[batch.slots.cpu()].any()])
-        kept = {name: (layer.neurons, layer.delta.detach().clone()) for name, layer in run.subject.held().items()}
         with run.journal.phase("trace", run.engine.team.rows(goal.batches)):
             traced = trace(run.engine, goal.batches, run.probe(), at=medium, start=goal.before)
         # callbacks are told of what this round pushes
         state = run.journal.state
         state.num_failures, state.num_solved = len(medium), task.num_solved(traced.predictions)
         patch_traced(run, goal, traced)
-        then = look_after(run, case, None)
-        if _score(case, before, then, gaps) <= _score(case, before, now, gaps):
-            run.subject.put_back(kept)
+        now = look_after(run, case, None)
+        score = _score(case, before, now, gaps)
+        if score > _score(case, before, best, gaps):
+            best, held = now, _held(run)
+        elif another and score[0] < 0:
+            another = False
+        else:
             break
-        now = then
-    return now
+    if best is not now:
+        run.subject.put_back(held)
+    return best
+
+
+def _held(run: Run) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By module the neurons that the adapter holds, and their deltas as they are."""
+    return {name: (layer.neurons, layer.delta.detach().clone()) for name, layer in run.subject.held().items()}
 
 
 def _lacking(case: Case, before: Seen, now: Seen, gaps: torch.Tensor) -> torch.Tensor:
