@@ -55,12 +55,10 @@ def within_limits(
     limit = run.args.max_harm
     if harm.changed_share <= limit:
         return now, harm
-    reached = AdapterState.of(run.subject)
+    reached = _Trial.of(run, case, now, harm)
     start.put_back(run.subject)
     run.forget()
     limit = max(limit, measure(run).changed_share)  # what was there before is no fault of this repair
-    reached.put_back(run.subject)
-    run.forget()
     modest = replace(run, args=replace(run.args, reach="prompt"), resumed=False)
 
     def attempt(left_out: frozenset[int]) -> _Trial:
@@ -68,9 +66,10 @@ def within_limits(
         run.forget()
         run.journal.begin_again()
         tried = replace(case, left_out=case.left_out | left_out)
-        return _Trial.of(run, tried, patch(modest, tried, before, _traced_again(run, tried, before, traced)))
+        seen = patch(modest, tried, before, _traced_again(run, tried, before, traced))
+        return _Trial.of(run, tried, seen, measure(run))
 
-    all_rows = trial = _Trial.of(run, case, now) if run.args.reach == "prompt" else attempt(frozenset())
+    all_rows = trial = reached if run.args.reach == "prompt" else attempt(frozenset())
     if all_rows.harm.changed_share > limit:
         trial = _most_rows(attempt, all_rows, _costs(run, case, before), limit)
     trial.put_back(run)
@@ -89,9 +88,9 @@ class _Trial:
     tell: Callable[[], None]
 
     @classmethod
-    def of(cls, run: Run, case: Case, now: Seen) -> _Trial:
+    def of(cls, run: Run, case: Case, now: Seen, harm: TextsHarm) -> _Trial:
         """The patch as it is."""
-        return cls(case, now, measure(run), AdapterState.of(run.subject), run.journal.told())
+        return cls(case, now, harm, AdapterState.of(run.subject), run.journal.told())
 
     def put_back(self, run: Run) -> None:
         """Make the adapter hold the patch, and the journal tell of it."""

@@ -43,7 +43,7 @@ def hold(
     own, looks = case.parts["failures"][1], [(before.predictions, before.under)]
     # what is at hand are these failures alone: neither shared with others, nor grown
     run = replace(run, args=replace(run.args, reach="prompt"))
-    best, held, another = now, _held(run), True
+    best, kept, another = now, {}, True
     for _ in range(ROUNDS):
         looks.append((now.predictions, now.under))
         gaps = needed_gaps(*looks)
@@ -62,23 +62,20 @@ def hold(
         # callbacks are told of what this round pushes
         state = run.journal.state
         state.num_failures, state.num_solved = len(medium), task.num_solved(traced.predictions)
+        if best is now:
+            kept = {name: (layer.neurons, layer.delta.detach().clone()) for name, layer in run.subject.held().items()}
         patch_traced(run, goal, traced)
         now = look_after(run, case, None)
         score = _score(case, before, now, gaps)
         if score > _score(case, before, best, gaps):
-            best, held = now, _held(run)
+            best = now
         elif another and score[0] < 0:
             another = False
         else:
             break
     if best is not now:
-        run.subject.put_back(held)
+        run.subject.put_back(kept)
     return best
-
-
-def _held(run: Run) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """By module the neurons that the adapter holds, and their deltas as they are."""
-    return {name: (layer.neurons, layer.delta.detach().clone()) for name, layer in run.subject.held().items()}
 
 
 def _lacking(case: Case, before: Seen, now: Seen, gaps: torch.Tensor) -> torch.Tensor:

@@ -239,10 +239,8 @@ def lora_card(rank: int, counts: Sequence[int], base: str | None) -> str:
     fields = {**({"base_model": base} if base else {}), "library_name": "peft", "tags": ["lora", "peft-star"]}
     vllm = next((f"--max-lora-rank {choice}" for choice in _VLLM_RANKS if rank <= choice), None)
     vllm = f"start the server with `--enable-lora {vllm}`" if vllm else f"rank {rank} is more than it can load"
-    form, padding = (
-        "`lora_A` holds the\none-hot selectors of the patched neurons and `lora_B` what is added to them.",
-        "",
-    )
+    form = "`lora_A` holds the\none-hot selectors of the patched neurons and `lora_B` what is added to them."
+    padding = ""
     if rank < max(counts):
         form = "`lora_B` times\n`lora_A` is what is added to them, in as many directions as float32 tells apart."
     elif len(set(counts)) > 1:
