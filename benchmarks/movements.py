@@ -25,11 +25,11 @@ from peft_star.engine.arithmetic import predict_in
 from peft_star.engine.engine import Engine
 from peft_star.engine.passes import teacher_forced
 from peft_star.engine.predictions import Predictions
-from peft_star.failures import Row, encode_rows, read_rows
+from peft_star.failures import Row, encode_rows
 from peft_star.loading import load_patch
 from peft_star.method.serving import arithmetics
 from peft_star.sharing.gguf_lora import patch_to_gguf
-from prompts import TASKS, few_shot_rows
+from prompts import given_rows, row_options
 
 # by what llama.cpp is given the arithmetic that stands for it
 TYPES = {"as the file is": "base", "Q8_0": "q8_0", "F32": None}
@@ -73,16 +73,12 @@ def line(name: str, moved: torch.Tensor, beside: torch.Tensor | None = None) -> 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="a .gguf file")
-    source = options.add_mutually_exclusive_group(required=True)
-    source.add_argument("--failures", type=Path, help="JSON Lines of rows")
-    source.add_argument("--data", type=Path, help="folder with conala/, ia32/, tldr/, whose rows are looked at")
-    options.add_argument("--rows", type=int, default=8, help="rows of each task")
+    row_options(options, "look at")
     options.add_argument("--patch", type=Path, help="a patch that the model has")
     options.add_argument("--engines", type=Path, default=Path(".engines"), help="holds llama.cpp/")
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args()
-    tasks = (few_shot_rows(given.data, task, given.rows) for task in TASKS) if given.data else ()
-    rows = read_rows(given.failures) if given.failures else [row for items in tasks for row in items]
+    rows = given_rows(given)
     model, tokenizer = load(given)
     encoded = encode_rows(rows, tokenizer)
     model = model if given.patch is None else load_patch(model, str(given.patch))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from peft_star.failures import read_rows
 
 TASKS = ("conala", "ia32", "tldr")
 
@@ -35,3 +40,18 @@ def few_shot_rows(data: Path, task: str, rows: int, demonstrations: int = 3) -> 
         shots = [f"# {corpus[n]['prompt']}\n{corpus[n]['completion']}\n\n" for n in reversed(numbers.tolist())]
         built.append({"prompt": "".join(shots) + f"# {row['prompt']}\n", "completion": row["completion"]})
     return built
+
+
+def row_options(options: argparse.ArgumentParser, what: str) -> None:
+    """Options that name rows: a file of them, or the tasks' folder. `what` is done with them."""
+    source = options.add_mutually_exclusive_group(required=True)
+    source.add_argument("--failures", type=Path, help=f"JSON Lines of rows to {what}")
+    source.add_argument("--data", type=Path, help="folder with conala/, ia32/, tldr/, whose rows are taken")
+    options.add_argument("--rows", type=int, default=8, help="rows of each task")
+
+
+def given_rows(given: argparse.Namespace) -> Sequence[dict[str, Any]]:
+    """The rows that these options name."""
+    if given.failures:
+        return read_rows(given.failures)
+    return [row for task in TASKS for row in few_shot_rows(given.data, task, given.rows)]

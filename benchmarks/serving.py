@@ -37,7 +37,7 @@ from peft_star.failures import read_rows
 from peft_star.loading import load_model, load_patch
 from peft_star.sharing.gguf_lora import patch_to_gguf
 from peft_star.sharing.gguf_merge import GgufMerge
-from prompts import TASKS, few_shot_rows
+from prompts import given_rows, row_options
 
 SERVE: dict[str, tuple[str, ...]] = {
     "serve=()": (),
@@ -252,10 +252,7 @@ def versions(engines: Path) -> dict[str, str]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="a .gguf file; others are served by no llama.cpp")
-    source = options.add_mutually_exclusive_group(required=True)
-    source.add_argument("--failures", type=Path, help="JSON Lines of rows to repair")
-    source.add_argument("--data", type=Path, help="folder with conala/, ia32/, tldr/, whose rows are repaired")
-    options.add_argument("--rows", type=int, default=8, help="rows of each task")
+    row_options(options, "repair")
     options.add_argument("--retain", type=Path, help="JSON Lines of rows to retain")
     options.add_argument(
         "--repairs", nargs="+", default=list(SERVE), choices=SERVE, metavar="NAME", help=f"some of: {'; '.join(SERVE)}"
@@ -275,8 +272,7 @@ def main() -> None:
     setting = setting_of(given, "engines", "only") | {"patches": [str(path) for path in given.patches]}
     state = resume(given.json, setting)
     state["engines"] = versions(given.engines)
-    tasks = (few_shot_rows(given.data, task, given.rows) for task in TASKS) if given.data else ()
-    failures = read_rows(given.failures) if given.failures else [row for rows in tasks for row in rows]
+    failures = given_rows(given)
     retained = read_rows(given.retain) if given.retain else []
     base, tokenizer = load(given)
     served = Served(given, failures + retained, tokenizer)

@@ -41,7 +41,7 @@ def test_a_documented_command_is_understood(
     (tmp_path / "facts.jsonl").write_text(json.dumps({"prompt": "a b", "completion": " c", "focus": "a"}) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *words])
-    for name in ("load", "load_model", "read_rows", "resume", "task_rows"):
+    for name in ("load", "load_model", "read_rows", "given_rows", "resume", "task_rows"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, begin)
     with pytest.raises(Begun):
