@@ -9,12 +9,13 @@ from torch import nn
 
 from peft_star import RepairArguments, StarConfig, repair
 from peft_star.engine.predictions import Predictions
-from peft_star.failures import encode_rows
-from peft_star.method import bystanders, protected
+from peft_star.failures import Row, encode_rows
+from peft_star.method import bystanders, growth, protected
 from peft_star.method.background import background_text
 from peft_star.method.best import keeping_best
 from peft_star.method.objective import Goal, Task
-from peft_star.method.protected import LIMIT, RIDGE, Protection
+from peft_star.method.protected import LIMIT
+from peft_star.method.pushes import RIDGE, Protection
 from peft_star.method.solve import protected_answer
 from peft_star.method.subject import HeldLayer
 from peft_star.models.structure import find_second_matrices
@@ -159,7 +160,7 @@ def scripted(states, monkeypatch, learning_rate=1.0):
     traced = SimpleNamespace(
         medium=medium,
         predictions=before,
-        problems=lambda: [None, None],
+        rows=lambda: [Row(number, "", "", (0,), (0,)) for number in range(2)],
         hidden_rms={"decoder layer": None},
         gradients=lambda name: torch.full((2, 2), -1.0),
         activations=lambda name, neurons: V,
@@ -399,7 +400,7 @@ def test_a_patch_for_the_problem_grows_by_the_largest_factor_that_disturbs_no_by
     arguments = RepairArguments(**QUICK)
     assert arguments.reach == "problem"
     monkeypatch.setattr(bystanders, "FEWEST", 1)
-    monkeypatch.setattr(protected, "GROWTH", ())
+    monkeypatch.setattr(growth, "GROWTH", ())
     plain = star()
     assert repair(plain, tokenizer, ROWS, arguments).success
     start = [delta.detach().clone() for delta in deltas(plain)]
@@ -410,7 +411,7 @@ def test_a_patch_for_the_problem_grows_by_the_largest_factor_that_disturbs_no_by
                 delta.copy_(factor * origin)
         lost[factor] = words_lost(plain, tokenizer, ROWS)
     assert lost[1.2] < lost[1.3] < lost[1.5] < lost[2.0] < lost[3.0]
-    monkeypatch.setattr(protected, "GROWTH", tuple(lost))
+    monkeypatch.setattr(growth, "GROWTH", tuple(lost))
     # the last would do with three times the patch, but that breaks tokens of the rows
     for limit, factor in (lost[1.2] / 2, 1.0), (lost[1.3] + 1e-3, 1.3), ((lost[1.5] + lost[2.0]) / 2, 1.5), (1.0, 1.0):
         monkeypatch.setattr(bystanders, "LOSS", limit)

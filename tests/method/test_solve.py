@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_star.method.background import moment_factor
-from peft_star.method.solve import answers_by_problem, protected_answer, solve_prior
+from peft_star.method.solve import answers_by_problem, held_out_answers, protected_answer, solve_prior
 from support.dense import answer_by_hand, dense, moment, protected_problem
 
 
@@ -150,3 +150,35 @@ def test_one_problem_is_solved_as_ever():
     moment = factor @ factor.T + others.T @ others
     wanted = protected_answer(v[[0, 2]], torch.linalg.cholesky(moment), 0.1)
     assert torch.allclose(apart[:, [0, 2]], wanted)
+
+
+@pytest.mark.parametrize("protected", [True, False])
+@pytest.mark.parametrize("ridge", [1e-3, 10.0])
+def test_held_out_is_solved_without_the_row(protected, ridge):
+    """Against least squares of the other rows alone, with the ridge as large as it was with all of them."""
+    v, background, _ = protected_problem(5, 9, 1, seed=2)
+    rows, protection = [0, 1, 1, 2, 0], moment(background) if protected else torch.eye(9, dtype=v.dtype)
+    held_out = held_out_answers(v, moment_factor(background) if protected else None, ridge, [None] * 5, rows)
+    whitened = v @ torch.linalg.inv(torch.linalg.cholesky(protection)).T
+    penalty = ridge * whitened.square().sum() / len(v)
+    for row in set(rows):
+        own = [number for number, other in enumerate(rows) if other == row]
+        others = [number for number, other in enumerate(rows) if other != row]
+        # argmin_P ‖V P − I‖² + λ tr(Pᵀ (C + ε I) P) over the others
+        normal = v[others].T @ v[others] + penalty * protection
+        answer = torch.linalg.solve(normal, v[others].T)
+        torch.testing.assert_close(held_out[own][:, others], v[own] @ answer, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(held_out[own][:, own], torch.zeros(len(own), len(own)).double(), rtol=0, atol=1e-8)
+
+
+def test_held_out_of_other_problems_nothing_is_answered():
+    v, background, _ = protected_problem(4, 9, 1, seed=3)
+    factor, names = moment_factor(background), ["a", "b", "a", "b"]
+    held_out = held_out_answers(v, factor, 0.1, names, [0, 1, 2, 3])
+    assert held_out[0, 2] != 0 and held_out[1, 3] != 0
+    apart = [number for number in range(16) if names[number // 4] != names[number % 4]]
+    assert not held_out.flatten()[apart].any()
+    # a problem is told from the others here, too
+    moment = factor @ factor.T + v[[1, 3]].T @ v[[1, 3]] / 2
+    alone = held_out_answers(v[[0, 2]], torch.linalg.cholesky(moment), 0.1, [None, None], [0, 2])
+    torch.testing.assert_close(held_out[[0, 2]][:, [0, 2]], alone)

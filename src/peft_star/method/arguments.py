@@ -52,8 +52,9 @@ class RepairArguments:
             its fixed steps.
         reach (`str`): How far a repair by `"protected"` reaches. `"problem"` also aims at other contexts in which the
             model would fail in this way: a row that names no `focus` is searched for one, what the neurons do at the
-            rows' other tokens is protected, and once all is solved the pushes grow as far as the model's words in the
-            rows stay as they were. `"prompt"` repairs these rows and little else.
+            rows' other tokens is protected, and once all is solved the pushes grow, by what several rows of a problem
+            tell of each other, and as far as the model's words in the rows stay as they were. `"prompt"` repairs these
+            rows and little else.
         generalization (`float`): With `"protected"`, how much the neurons' activations at a failure are averaged with
             those in the contexts before it in which the expected token is plausible. 0 repairs this failure and little
             else; with 5, say, related failures move further, and so does other text.

@@ -90,17 +90,25 @@ class Bystanders:
         activations = {name: torch.cat(parts) for name, parts in found.items()}
         return cls(activations, reading, heard.argmax, p, held)
 
-    @torch.no_grad()
     def undisturbed(self, engine: Engine) -> bool:
         """Whether the model as it is now says its words hardly less surely; not where they are too few to tell."""
         if self.held.sum() < FEWEST:
             return False
+        return bool((self.p - self._heard(engine) <= LOSS)[self.held].all())
+
+    def as_now(self, engine: Engine) -> Bystanders:
+        """The same, as surely as the model says them now."""
+        return self if self.held.sum() < FEWEST else replace(self, p=self._heard(engine))
+
+    @torch.no_grad()
+    def _heard(self, engine: Engine) -> torch.Tensor:
+        """The words' probabilities (M) in the model as it is now."""
         now = Predictions.empty(len(self.said))
         for reader in engine.team.share(list(self.batches)):
             words = replace(reader, expected=self.said[reader.slots.cpu()].to(reader.rows.device))
             _listen(engine, words, self.batches[reader], now)
         engine.team.join(now, list(self.batches))
-        return bool((self.p - now.p_expected <= LOSS)[self.held].all())
+        return now.p_expected
 
 
 def _beside(batch: Batch, failing: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,9 @@ these are found by forward passes alone (see `strengths.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
 
 from ..engine.batch import Batch
 from ..engine.engine import Engine
@@ -28,11 +26,11 @@ from ..models.names import plain_name
 from .background import WINDOW, background_activations, moment_factor
 from .best import Best
 from .bystanders import Bystanders
+from .growth import Growth, grow
 from .history import earlier_keys
 from .objective import Goal
-from .semantics import traced_semantics
-from .sensitivity import OwnReading, effects, natural_targets, read_own_texts
-from .solve import answers_by_problem, protected_answer
+from .pushes import Protection, Push, make_pushes
+from .sensitivity import OwnReading, effects, read_own_texts
 from .strengths import search_strengths
 from .subject import HeldLayer, Run
 from .trace import Trace, trace
@@ -40,44 +38,10 @@ from .trace import Trace, trace
 # the strengths' search goes up to this many times the learning rate, and further as a ridge weakens the answers; at
 # the default, a push then adds to a hidden state what has the semantic delta's own norm
 LIMIT = 100
-# the ridge of the first steps, relative: so large that each failure is pushed by what all of them have in common, too,
-# and not by small differences between them, which other text has as well; and how many steps. What is left then is
-# pushed for itself
-RIDGE, SHARED_STEPS = 10.0, 2
+# how many steps push failures by what they have in common; what is left then is pushed for itself
+SHARED_STEPS = 2
 # so many steps try to give every failure the gap that it needs where it is served, once all are solved by the margin
 WIDENING = 3
-# by which factors a finished patch grows as long as nobody beside the failures is disturbed
-GROWTH = (1.25, 1.6, 2.0, 2.5, 3.0)
-
-
-@dataclass
-class Push:
-    """One layer's part of a step: the delta becomes `origin + answer @ (c[:, None] * targets)`."""
-
-    delta: nn.Parameter
-    origin: torch.Tensor
-    answer: torch.Tensor
-    targets: torch.Tensor
-
-    @torch.no_grad()
-    def __call__(self, strengths: torch.Tensor) -> None:
-        change = self.answer @ (strengths.to(self.targets)[:, None] * self.targets)
-        self.delta.copy_(self.origin + change.to(self.origin.dtype))
-
-
-@dataclass(frozen=True)
-class Protection:
-    """What the pushes are to leave alone.
-
-    Attributes:
-        factors: Per layer [`moment_factor`] (k, k), or None where nothing is protected.
-        fisher: Per layer the Fisher information (d, d) of its output, or None where nothing is protected.
-        bystanders: What is said beside the failures, where it limits how far a repair reaches.
-    """
-
-    factors: Sequence[torch.Tensor | None]
-    fisher: Sequence[torch.Tensor | None]
-    bystanders: Bystanders | None = None
 
 
 def solve(
@@ -132,28 +96,31 @@ def patch(
     broke are watched from then on.
     """
     origins = [layer.delta.detach().clone() for layer in layers]
+    growth = None if protection.bystanders is None else Growth.of(layers, traced)
+    grown = False
     for step in range(1, run.args.max_steps + 1):
-        shared = step <= SHARED_STEPS
-        ridge = max(run.args.ridge, RIDGE) if shared else run.args.ridge
-        pushes, descent = make_pushes(run, layers, protection, traced, ridge, traced.problems() if shared else ())
+        pushes, replies = make_pushes(run, layers, protection, traced, step <= SHARED_STEPS and not grown)
         strengths, here, loss = search_strengths(
             partial(_look, run.engine, goal, pushes),
             traced.predictions,
             goal.task,
             traced.medium,
-            descent,
-            run.args.learning_rate * LIMIT * (1 + ridge),
+            replies.descent,
+            run.args.learning_rate * LIMIT * (1 + replies.ridge),
         )
         for push in pushes:
             push(strengths)
+        if growth is not None and not grown:
+            growth.add(pushes, replies, strengths, traced.medium)
         _estimate_costs(run, protection, pushes, strengths, traced.medium)
         if goal.task.done(here):
             here, broken = goal.look_at_the_rest(run.engine, here)
             goal = goal.watching(broken)
         best.offer(step, here, loss)
+        if goal.task.done(here) and growth is not None and protection.bystanders is not None and not grown:
+            grown, here = True, grow(run, goal, layers, origins, growth, protection.bystanders, here)
+            best.keep(here)
         if goal.task.done(here):
-            if protection.bystanders is not None:
-                reach_out(run, goal, layers, origins, protection.bystanders, best)
             return
         # gaps that cannot be had are not worth all of the steps
         if step == run.args.max_steps or step >= WIDENING and goal.task.done_by_margin(here):
@@ -182,76 +149,7 @@ def _estimate_costs(
         run.journal.cost(slot, cost)
 
 
-@torch.no_grad()
-def reach_out(
-    run: Run,
-    goal: Goal,
-    layers: Sequence[HeldLayer],
-    origins: Sequence[torch.Tensor],
-    bystanders: Bystanders,
-    best: Best,
-) -> None:
-    """Let a patch that does its task grow by a factor, the largest of `GROWTH` that disturbs no bystander.
-
-    In other contexts the neurons answer less than in the rows themselves, so a patch that just solves these does
-    nothing there.
-    """
-    changes = [layer.delta.detach() - origin for layer, origin in zip(layers, origins)]
-
-    def grow(factor: float) -> None:
-        for layer, origin, change in zip(layers, origins, changes):
-            layer.delta.copy_(origin + factor * change)
-
-    largest = None
-    for factor in GROWTH:
-        grow(factor)
-        if not bystanders.undisturbed(run.engine):
-            break
-        largest = factor
-    if largest is not None:
-        grow(largest)
-        here, _ = goal.look(run.engine)
-        here, _ = goal.look_at_the_rest(run.engine, here)
-        if goal.task.done(here):
-            best.keep(here)
-
-
 def _look(engine: Engine, goal: Goal, pushes: Sequence[Push], strengths: torch.Tensor) -> tuple[Predictions, float]:
     for push in pushes:
         push(strengths)
     return goal.look(engine)
-
-
-def make_pushes(
-    run: Run,
-    layers: Sequence[HeldLayer],
-    protection: Protection,
-    traced: Trace,
-    ridge: float,
-    problems: Sequence[str | None] = (),
-) -> tuple[list[Push], torch.Tensor]:
-    """Every layer's push at the deltas as they are, and the slope (n) of each token's cross entropy, positive.
-
-    Failures of different `problems` (n) are told from each other, where these are given.
-    """
-    pushes, descent = [], torch.zeros(len(traced.medium))
-    args, subject = run.args, run.subject
-    for layer, factor, fisher in zip(layers, protection.factors, protection.fisher):
-        gradient = traced.gradients(layer.name).double()
-        semantics = traced_semantics(subject.bases, traced, subject.decoder_of[layer.name], args.norm)
-        semantics = semantics.to(gradient.device)
-        if fisher is None:
-            targets = -semantics.abs() * gradient.sign()
-        else:
-            targets = natural_targets(gradient, fisher, semantics.norm(dim=1))
-        activations = traced.activations(layer.name, layer.neurons).to(gradient.device)
-        contexts = None
-        if args.generalization > 0:
-            contexts = traced.contexts(layer.name, layer.neurons).to(gradient.device)
-        if len(set(problems)) > 1:
-            answer = answers_by_problem(activations, factor, ridge, problems, contexts, args.generalization)
-        else:
-            answer = protected_answer(activations, factor, ridge, contexts, args.generalization)
-        pushes.append(Push(layer.delta, layer.delta.detach().clone(), answer, targets))
-        descent -= (gradient * targets).sum(dim=1).float().cpu()
-    return pushes, descent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -53,16 +53,12 @@ def protected_answer(
     such that each push reaches its own failure whole and leaves the others alone: P = (C + ε I)⁻¹ Xᵀ B with V P = I.
     """
     v = activations.double()
-
-    def whiten(rows: torch.Tensor) -> torch.Tensor:
-        return rows if factor is None else torch.linalg.solve_triangular(factor, rows.T, upper=False).T
-
     if contexts is None:
         eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
-        answer = solve_prior(whiten(v), eye, ridge)
+        answer = solve_prior(_whitened(v, factor), eye, ridge)
     else:
-        averaged = whiten((v + generalization * contexts.double()) / (1 + generalization))
-        answer = averaged.T @ solve_prior(whiten(v) @ averaged.T, torch.eye(len(v)).to(v), ridge)
+        averaged = _whitened((v + generalization * contexts.double()) / (1 + generalization), factor)
+        answer = averaged.T @ solve_prior(_whitened(v, factor) @ averaged.T, torch.eye(len(v)).to(v), ridge)
     return answer if factor is None else torch.linalg.solve_triangular(factor.T, answer, upper=True)
 
 
@@ -82,19 +78,66 @@ def answers_by_problem(
     """
     v = activations.double()
     answer = torch.zeros(v.shape[1], len(v), dtype=v.dtype, device=v.device)
-    for name in dict.fromkeys(problems):
+    for own, apart in _told_apart(v, factor, problems):
+        answer[:, own] = protected_answer(
+            v[own], apart, ridge, None if contexts is None else contexts[own], generalization
+        )
+    return answer
+
+
+def held_out_answers(
+    activations: torch.Tensor,
+    factor: torch.Tensor | None,
+    ridge: float,
+    problems: Sequence[str | None],
+    rows: Sequence[int],
+) -> torch.Tensor:
+    """How a row's failures would answer to the pushes of its problem, had these been solved without the row: Q (n, n),
+    float64, in closed form.
+
+    With G = V (C + ε I)⁻¹ Vᵀ, A = G + λ I and B = A⁻¹, failures g of one row answer to all pushes with
+    I_g − (B_gg)⁻¹ B_g instead of G_g B, and so to their own not at all. The failures of other problems are not
+    answered to.
+
+    Args:
+        activations, factor, ridge, problems: As for [`answers_by_problem`].
+        rows: Of each failure (n) the number of its row.
+    """
+    v = activations.double()
+    answers = torch.zeros(len(v), len(v), dtype=v.dtype, device=v.device)
+    numbers = torch.tensor(rows, device=v.device)
+    for own, apart in _told_apart(v, factor, problems):
+        whitened = _whitened(v[own], apart)
+        gram = whitened @ whitened.T
+        gram.diagonal().add_(gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * max(ridge, 1e-12))
+        inverse = torch.linalg.inv(gram)
+        left_out = torch.eye(len(gram), dtype=v.dtype, device=v.device)
+        for number in numbers[own].unique():
+            row = (numbers[own] == number).nonzero()[:, 0]
+            left_out[row] -= torch.linalg.solve(inverse[row][:, row], inverse[row])
+        answers[own.nonzero(), own.nonzero()[:, 0]] = left_out
+    return answers
+
+
+def _whitened(rows: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """V L⁻ᵀ (n, k), with C + ε I = L Lᵀ."""
+    return rows if factor is None else torch.linalg.solve_triangular(factor, rows.T, upper=False).T
+
+
+def _told_apart(
+    v: torch.Tensor, factor: torch.Tensor | None, problems: Sequence[str | None]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Of each problem which failures (n) are its own, and L (k, k) of what these are told from."""
+    names = list(dict.fromkeys(problems))
+    for name in names:
         own = torch.tensor([problem == name for problem in problems], device=v.device)
+        if len(names) == 1:
+            yield own, factor
+            return
         others = v[~own]
         moment = others.T @ others / len(others)
         # where nothing else is protected, a little of everything is
         moment += (
             moment.diagonal().mean() * 0.1 * torch.eye(len(moment)).to(v) if factor is None else factor @ factor.T
         )
-        answer[:, own] = protected_answer(
-            v[own],
-            torch.linalg.cholesky(moment),
-            ridge,
-            None if contexts is None else contexts[own],
-            generalization,
-        )
-    return answer
+        yield own, torch.linalg.cholesky(moment)

@@ -20,6 +20,7 @@ from ..engine.engine import Engine
 from ..engine.passes import loss_at
 from ..engine.predictions import Predictions
 from ..engine.recording import Recording, head_reads, recording
+from ..failures import Row
 from ..models.inputs import head_of
 from .attribution import first_order_occlusion, input_x_gradient
 from .plausibility import plausibility
@@ -97,13 +98,13 @@ class Trace:
     own: torch.Tensor
     team: Team
 
-    def problems(self) -> list[str | None]:
-        """Of each failure (n) the problem that its row names."""
-        names: dict[int, str | None] = {}
+    def rows(self) -> list[Row]:
+        """Of each failure (n) its row."""
+        found: dict[int, Row] = {}
         for batch in self.batches:
             rows = (row for row in batch.items for _ in row.completion_ids)
-            names |= {slot: row.problem for slot, row in zip(batch.slots.tolist(), rows)}
-        return [names[slot] for slot in self.medium.tolist()]
+            found |= zip(batch.slots.tolist(), rows)
+        return [found[slot] for slot in self.medium.tolist()]
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Per FFN the neurons' Input x Gradient, float32, shape (m)."""

@@ -1,0 +1,142 @@
+"""How far a patch that solves its rows grows, to answer in other contexts of the problem, too (not in the paper).
+
+In other contexts the neurons answer less than in the rows themselves, so a patch that just solves these does little
+there. How much less, the rows tell each other where several of them want the same token: what the patch would do in
+one of them had it been solved without it, in closed form. Where no row speaks for another, the words that the model
+says beside the failures are all there is to go by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..engine.predictions import Predictions
+from ..failures import Row
+from .bystanders import Bystanders
+from .objective import Goal
+from .pushes import Push, Replies
+from .subject import HeldLayer, Run
+from .trace import Trace
+
+# by which factors a patch grows, as long as nobody beside the failures is disturbed
+GROWTH = (1.25, 1.6, 2.0, 2.5, 3.0)
+
+
+@dataclass
+class Growth:
+    """Which pushes of a patch grow, and what the rows tell of each other.
+
+    Attributes:
+        rows: By a failing token's slot its row.
+        recurring: Slots of failing tokens that a failing token of another row of their problem wants to be, too.
+        changes: Per layer what the pushes that grow have added to the delta, shape (k, d).
+        gains: By how much all pushes have lowered the cross entropy at each of S tokens, by how much they had without
+            the token's row, and by how much those of them had that grow; to first order, float64, shape (3, S).
+    """
+
+    rows: dict[int, Row]
+    recurring: set[int]
+    changes: list[torch.Tensor]
+    gains: torch.Tensor
+
+    @classmethod
+    def of(cls, layers: Sequence[HeldLayer], traced: Trace) -> Growth:
+        """That of the failures of the first trace."""
+        slots, rows = traced.medium.tolist(), traced.rows()
+        keys = [(row.problem, token) for row, token in zip(rows, traced.predictions.expected[traced.medium].tolist())]
+        found: dict[tuple, set[Row]] = {}
+        for key, row in zip(keys, rows):
+            found.setdefault(key, set()).add(row)
+        recurring = {slot for slot, key in zip(slots, keys) if len(found[key]) > 1}
+        gains = torch.zeros(3, len(traced.predictions.gap), dtype=torch.float64)
+        return cls(dict(zip(slots, rows)), recurring, [torch.zeros_like(layer.delta) for layer in layers], gains)
+
+    def add(self, pushes: Sequence[Push], replies: Replies, strengths: torch.Tensor, slots: torch.Tensor) -> None:
+        """The tokens in these slots (n) have been pushed with these strengths (n)."""
+        grown = strengths * self._grow(slots)
+        for change, push in zip(self.changes, pushes):
+            change += push.change(grown)
+        pairs = (replies.own, strengths), (replies.held_out, strengths), (replies.held_out, grown)
+        self.gains[:, slots] += torch.stack([matrix @ c.double() for matrix, c in pairs])
+
+    def _grow(self, slots: torch.Tensor) -> torch.Tensor:
+        """Which of these pushes (n) grow, 1 or 0: of a row that shares tokens with others, those of these tokens."""
+        sharing = {self.rows[slot] for slot in self.recurring}
+        known = {slot for slot, row in self.rows.items() if slot in self.recurring or row not in sharing}
+        return torch.tensor([float(slot in known) for slot in slots.tolist()])
+
+    def needed(self, before: Predictions, now: Predictions) -> float:
+        """The factor with which the pushes of the others would solve what recurs, in every second row that has
+        something that does; infinite where they would not, or where nothing recurs.
+
+        A token's gap is taken to follow the pushes of other rows as it has followed all of them.
+
+        Args:
+            before: What the model says without the patch (S).
+            now: What it says with it (S).
+        """
+        scale = (now.gap - before.gap).double().clamp(min=0) / self.gains[0].clamp(min=1e-12)
+        short, gain = -before.gap.double() - scale * self.gains[1], scale * self.gains[2]
+        factors = torch.where(short <= 0, 1.0, torch.where(gain > 0, 1 + short / gain, torch.inf))
+        wanting: dict[Row, float] = {}
+        for slot in self.recurring:
+            row = self.rows[slot]
+            wanting[row] = max(float(factors[slot]), wanting.get(row, 1.0))
+        ranked = sorted(wanting.values())
+        return ranked[(len(ranked) - 1) // 2] if ranked else float("inf")
+
+
+@torch.no_grad()
+def grow(
+    run: Run,
+    goal: Goal,
+    layers: Sequence[HeldLayer],
+    origins: Sequence[torch.Tensor],
+    growth: Growth,
+    bystanders: Bystanders,
+    here: Predictions,
+) -> Predictions:
+    """Let a patch that does its task grow.
+
+    Where the rows speak for each other, by what they need (see [`Growth.needed`]), as long as no word beside the
+    failures is disturbed by that; otherwise by the largest factor of `GROWTH` with which the whole patch disturbs
+    none, if that leaves the task done.
+
+    Args:
+        origins: The deltas before the patch.
+        here: What the model says with the patch.
+
+    Returns:
+        What it says then; where the rows speak for each other, what recurs may have grown at the cost of their other
+        tokens.
+    """
+    needed = growth.needed(goal.before, here)
+    told = bool(GROWTH) and needed <= GROWTH[-1]
+    starts = [layer.delta.detach().clone() for layer in layers]
+    if told:
+        bystanders = bystanders.as_now(run.engine)
+        changes = growth.changes
+    else:
+        changes = [start - origin for start, origin in zip(starts, origins)]
+
+    def put(factor: float) -> None:
+        for layer, start, change in zip(layers, starts, changes):
+            layer.delta.copy_(start + (factor - 1) * change)
+
+    largest = None
+    for factor in [factor for factor in GROWTH if factor < needed] + [needed] * told:
+        put(factor)
+        if not bystanders.undisturbed(run.engine):
+            break
+        largest = factor
+    if largest is not None:
+        put(largest)
+        now, _ = goal.look(run.engine)
+        now, _ = goal.look_at_the_rest(run.engine, now)
+        if told or goal.task.done(now):
+            return now
+    put(1)
+    return here
