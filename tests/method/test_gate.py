@@ -10,7 +10,8 @@ import torch
 from peft_star import RepairArguments, repair
 from peft_star.engine import own_texts as texts_module
 from peft_star.engine.engine import Engine
-from peft_star.evaluation.own_texts import TextsHarm, hear, texts_harm
+from peft_star.evaluation.own_texts import Parting, TextsHarm, hear, texts_harm
+from peft_star.failures import Row
 from peft_star.method import gate
 from peft_star.method.gate import _costs, _most_rows
 from peft_star.method.subject import Subject
@@ -184,3 +185,20 @@ def test_what_is_kept_of_a_model_does_not_keep_it(tokenizer):
     del model
     gc.collect()
     assert base() is None
+
+
+def test_texts_that_say_now_what_the_failures_are_to_say_are_told_of(tokenizer):
+    rows = [Row(0, "", "", (3,), (20, 21)), Row(1, "", "", (4,), (40, 2))]
+    said = {"w20": 20, "w40": 40, "</s>": 2}
+    decode = {token: text for text, token in said.items()}
+    decode[2] = "\n"
+    journal = SimpleNamespace(warnings=[])
+    subject = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: decode[ids[0]]))
+    case = SimpleNamespace(rows=rows, failing=lambda predictions, gaps: torch.tensor([0, 2, 3]))
+    before = SimpleNamespace(predictions=None, gaps=None)
+    # 21 is right already, and so is not taught; a line's end stands everywhere
+    now = [20, 40, 40, 2, 2, 21, 21, 50]
+    harm = TextsHarm(26, 18, 26, 100, 8, 0.1, tuple(Parting((3,), 5, token, ()) for token in now))
+    gate.tell_of_echoes(SimpleNamespace(journal=journal, subject=subject), case, before, harm)
+    ((index, sentence),) = journal.warnings
+    assert index == 1 and sentence.startswith("2 of 26 texts that the model says by itself say 'w40' now")

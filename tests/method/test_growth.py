@@ -10,6 +10,7 @@ from peft_star import RepairArguments, repair
 from peft_star.engine.predictions import Predictions
 from peft_star.failures import Row, encode_rows
 from peft_star.method import bystanders, growth
+from peft_star.method.bystanders import Bystanders
 from peft_star.method.growth import Growth
 from peft_star.method.pushes import Replies
 from peft_star.method.subject import HeldLayer
@@ -131,9 +132,9 @@ def test_what_is_told_of_a_row_is_what_a_repair_without_it_does(tokenizer, monke
 
 
 def patched(tokenizer, rows, monkeypatch, needed, disturbed=False):
-    """The deltas of a repair whose rows tell each other that so much is needed."""
+    """The deltas of a repair whose rows tell each other that so much is needed, where the whole may not grow."""
     monkeypatch.setattr(bystanders, "FEWEST", 1)
-    monkeypatch.setattr(bystanders, "LOSS", -1.0 if disturbed else 1.0)
+    monkeypatch.setattr(Bystanders, "undisturbed", lambda self, engine: self.patience != 1 and not disturbed)
     monkeypatch.setattr(Growth, "needed", lambda self, before, now: needed)
     model = star()
     report = repair(model, tokenizer, rows, RepairArguments(**QUICK))

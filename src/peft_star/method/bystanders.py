@@ -34,6 +34,7 @@ class Bystanders:
         said: The words (M), token ids.
         p: With which probabilities (M).
         held: To which of them (M) the model is held.
+        patience: How many times `LOSS` a word may lose.
     """
 
     activations: dict[str, torch.Tensor]
@@ -41,6 +42,7 @@ class Bystanders:
     said: torch.Tensor
     p: torch.Tensor
     held: torch.Tensor
+    patience: float = 1.0
 
     @classmethod
     @torch.no_grad()
@@ -94,11 +96,11 @@ class Bystanders:
         """Whether the model as it is now says its words hardly less surely; not where they are too few to tell."""
         if self.held.sum() < FEWEST:
             return False
-        return bool((self.p - self._heard(engine) <= LOSS)[self.held].all())
+        return bool((self.p - self._heard(engine) <= LOSS * self.patience)[self.held].all())
 
-    def as_now(self, engine: Engine) -> Bystanders:
+    def as_now(self, engine: Engine, patience: float) -> Bystanders:
         """The same, as surely as the model says them now."""
-        return self if self.held.sum() < FEWEST else replace(self, p=self._heard(engine))
+        return self if self.held.sum() < FEWEST else replace(self, p=self._heard(engine), patience=patience)
 
     @torch.no_grad()
     def _heard(self, engine: Engine) -> torch.Tensor:

@@ -9,8 +9,8 @@ by forward passes, and whatever it does not solve is left to the pushes at the f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,8 @@ from ..engine.batch import completion_offsets
 from ..engine.predictions import Predictions
 from ..failures import Row
 from ..models import structure
-from .band import Band, Named
+from . import counterfactuals
+from .band import FRONT, Band, Named
 from .best import keeping_best
 from .objective import Goal
 from .subject import Run
@@ -29,6 +30,8 @@ from .targets import find_targets
 BAND = (4 / 30, 8 / 30)
 # rounds until all is as wanted, and by how much more the targets of what is wanting are asked for in the next
 ROUNDS, MORE = 3, 1.4
+# behind so many other texts it is asked whether a push holds
+ASKED = 3
 
 
 def patch(
@@ -74,6 +77,7 @@ def patch(
         unpatched = band.at_sites(named)
         layers = run.subject.hold(band.locate(unpatched[0], protection))
     deltas = [layer.delta for layer in layers]
+    starts = [delta.detach().clone() for delta in deltas]
     with run.journal.phase("patch", ROUNDS), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
         least, costs = goal.task.wanting(goal.before).sum(), torch.zeros(len(torch.cat(found)), dtype=torch.float64)
         for step in range(1, ROUNDS + 1):
@@ -89,11 +93,55 @@ def patch(
     if best.score is None:
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
+    astray = _astray(run, named, deltas, starts)
+    if astray:
+        # without these, what is left of the others' push is another one
+        _put(deltas, starts)
+        rest = [replace(row, focus=(), focus_starts=()) if row.index in astray else row for row in rows]
+        return patch(run, goal, rest, retained, how)
     for one, cost in zip(named, costs.split([one.site.size for one in named])):
         run.journal.cost(min(failing.intersection(range(one.slots.start, one.slots.stop))), float(cost.sum()))
         index = one.row.index
         run.journal.acts.append({"row": index, "how": how[index], "tokens": list(one.row.focus), "layers": names})
     return best.predictions
+
+
+def _astray(
+    run: Run, named: Sequence[Named], deltas: Sequence[torch.Tensor], starts: Sequence[torch.Tensor]
+) -> set[int]:
+    """The rows, by index, whose pushes answer to other names, too; of these, and of those that answer behind no other
+    text, a warning says so."""
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        pushed = [delta.detach().clone() for delta in deltas]
+        _put(deltas, starts)
+        try:
+            yield
+        finally:
+            _put(deltas, pushed)
+
+    rows = [one.row for one in named]
+    verdicts = counterfactuals.look(run.engine, rows, run.subject.tokenizer, FRONT[1 : 1 + ASKED], without)
+    for one in named:
+        found = verdicts[one.row.index]
+        if found.astray:
+            _warn(
+                run,
+                [one],
+                f"A push at the focus answered to {found.taken} of {found.names} other names, too, so the failing "
+                "tokens were pushed instead.",
+            )
+        elif found.bound:
+            _warn(run, [one], "Behind other text the push at the focus does not hold: it answers to its place, too.")
+    return {index for index, found in verdicts.items() if found.astray}
+
+
+@torch.no_grad()
+def _put(deltas: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Make the deltas hold these values."""
+    for delta, value in zip(deltas, values):
+        delta.copy_(value)
 
 
 def _warn(run: Run, named: Sequence[Named], sentence: str) -> None:

@@ -8,6 +8,7 @@ without the rows that cost most. How many these are is searched for, between as 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -129,6 +130,27 @@ def _most_rows(
             many, too_much = count, trial.harm.changed_share
             best = best if few else trial
     return best
+
+
+def tell_of_echoes(run: Run, case: Case, before: Seen, harm: TextsHarm) -> None:
+    """Warn where several of the model's own texts now say what the failures were to say: there, the patch answers to
+    something else than the problem."""
+    failing = set(case.failing(before.predictions, before.gaps).tolist())
+    taught: dict[int, int] = {}
+    for row, start in zip(case.rows, completion_offsets(case.rows)):
+        for slot, token in enumerate(row.completion_ids, start):
+            if slot in failing:
+                taught.setdefault(token, row.index)
+    said = Counter(parting.now for parting in harm.partings if parting.now in taught)
+    for token, count in said.items():
+        text = run.subject.tokenizer.decode([token])
+        # a bracket or a line's end stands everywhere
+        if count > 1 and any(map(str.isalpha, text)):
+            sentence = (
+                f"{count} of {harm.texts} texts that the model says by itself say {text!r} now, as failures are to, "
+                "where they said something else: the patch answers to more than the problem."
+            )
+            run.journal.warnings.append((taught[token], sentence))
 
 
 def measure(run: Run) -> TextsHarm:

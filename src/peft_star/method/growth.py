@@ -68,6 +68,11 @@ class Growth:
         known = {slot for slot, row in self.rows.items() if slot in self.recurring or row not in sharing}
         return torch.tensor([float(slot in known) for slot in slots.tolist()])
 
+    @property
+    def witnesses(self) -> int:
+        """How many rows have something that recurs."""
+        return len({self.rows[slot] for slot in self.recurring})
+
     def needed(self, before: Predictions, now: Predictions) -> float:
         """The factor with which the pushes of the others would solve what recurs, in every second row that has
         something that does; infinite where they would not, or where nothing recurs.
@@ -99,44 +104,48 @@ def grow(
     bystanders: Bystanders,
     here: Predictions,
 ) -> Predictions:
-    """Let a patch that does its task grow.
-
-    Where the rows speak for each other, by what they need (see [`Growth.needed`]), as long as no word beside the
-    failures is disturbed by that; otherwise by the largest factor of `GROWTH` with which the whole patch disturbs
-    none, if that leaves the task done.
+    """Let a patch that does its task grow: as a whole by the largest factor of `GROWTH` with which it disturbs no word
+    beside the failures, if that leaves the task done. Where that is less than the rows need of each other (see
+    [`Growth.needed`]), what recurs in them grows instead, as long as that disturbs no word more than it did.
 
     Args:
         origins: The deltas before the patch.
         here: What the model says with the patch.
 
     Returns:
-        What it says then; where the rows speak for each other, what recurs may have grown at the cost of their other
-        tokens.
+        What it says then; what recurs may have grown at the cost of the rows' other tokens.
     """
-    needed = growth.needed(goal.before, here)
-    told = bool(GROWTH) and needed <= GROWTH[-1]
     starts = [layer.delta.detach().clone() for layer in layers]
-    if told:
-        bystanders = bystanders.as_now(run.engine)
-        changes = growth.changes
-    else:
-        changes = [start - origin for start, origin in zip(starts, origins)]
+    whole = [start - origin for start, origin in zip(starts, origins)]
 
-    def put(factor: float) -> None:
+    def put(changes: Sequence[torch.Tensor], factor: float) -> None:
         for layer, start, change in zip(layers, starts, changes):
             layer.delta.copy_(start + (factor - 1) * change)
 
-    largest = None
-    for factor in [factor for factor in GROWTH if factor < needed] + [needed] * told:
-        put(factor)
-        if not bystanders.undisturbed(run.engine):
-            break
-        largest = factor
-    if largest is not None:
-        put(largest)
+    def largest(changes: Sequence[torch.Tensor], factors: Sequence[float], beside: Bystanders) -> float:
+        found = 1.0
+        for factor in factors:
+            put(changes, factor)
+            if not beside.undisturbed(run.engine):
+                break
+            found = factor
+        put(changes, found)
+        return found
+
+    def seen() -> Predictions:
         now, _ = goal.look(run.engine)
-        now, _ = goal.look_at_the_rest(run.engine, now)
-        if told or goal.task.done(now):
-            return now
-    put(1)
-    return here
+        return goal.look_at_the_rest(run.engine, now)[0]
+
+    needed, factor, now = growth.needed(goal.before, here), largest(whole, GROWTH, bystanders), here
+    if factor > 1:
+        now = seen()
+        if not goal.task.done(now):
+            factor, now = 1.0, here
+            put(whole, factor)
+    if factor < needed <= max(GROWTH, default=0):
+        put(whole, 1)
+        beside = bystanders.as_now(run.engine, growth.witnesses / 2)
+        if largest(growth.changes, [*(step for step in GROWTH if step < needed), needed], beside) > factor:
+            return seen()
+        put(whole, factor)
+    return now

@@ -34,12 +34,24 @@ def namesakes(rows: Sequence[Row], tokenizer) -> Iterator[tuple[int, ...]]:
         rows: Rows that have a focus.
         tokenizer: The model's tokenizer.
     """
-    spans = [(row, start, last) for row in rows for start, last in zip(row.focus_starts, row.focus)]
-    said = {tokenizer.decode(row.prompt_ids[start : last + 1]).strip().casefold() for row, start, last in spans}
-    others = [name for name in names() if not any(name.casefold() in text or text in name.casefold() for text in said)]
-    for number, (row, start, _) in enumerate(spans if others else []):
+    spans = [(row, start) for row in rows for start in row.focus_starts]
+    others = _others(rows, tokenizer)
+    for number, (row, start) in enumerate(spans if others else []):
         for place in range(EACH):
             yield put_in_place(row.prompt_ids, start, others[(EACH * number + place) % len(others)], tokenizer)
+
+
+def strangers(rows: Sequence[Row], tokenizer) -> list[str]:
+    """Names that are no row's focus, and that [`namesakes`] does not take, unless it takes all."""
+    others = _others(rows, tokenizer)
+    return others[EACH * sum(len(row.focus_starts) for row in rows) :] or others
+
+
+def _others(rows: Sequence[Row], tokenizer) -> list[str]:
+    """Names that are no part of a row's focus, nor it of them."""
+    spans = [(row, start, last) for row in rows for start, last in zip(row.focus_starts, row.focus)]
+    said = {tokenizer.decode(row.prompt_ids[start : last + 1]).strip().casefold() for row, start, last in spans}
+    return [name for name in names() if not any(name.casefold() in text or text in name.casefold() for text in said)]
 
 
 def put_in_place(ids: tuple[int, ...], start: int, text: str, tokenizer) -> tuple[int, ...]:

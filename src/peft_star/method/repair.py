@@ -24,7 +24,7 @@ from . import find_focus, focused, prior_guided, protected
 from .arguments import RepairArguments
 from .best import keeping_best
 from .callbacks import Journal, RepairCallback
-from .gate import within_limits
+from .gate import tell_of_echoes, within_limits
 from .history import History, failing_activations, ledger_rows
 from .holding import hold
 from .locate import locate
@@ -128,6 +128,7 @@ def _repair(
             journal.callbacks.append(Keeper(unfinished, subject, key, journal))
         try:
             after, harm = within_limits(run, case, before, traced, patched, start)
+            tell_of_echoes(run, case, before, harm)
         except KeyboardInterrupt as error:
             # several processes do not stop at the same place, so they cannot go on together
             if run.engine.team.size > 1:
