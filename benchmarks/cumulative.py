@@ -54,7 +54,7 @@ from peft_star.files import new_directory
 from prompts import TASKS, few_shot_rows, read_jsonl
 from side_effects import parse_method
 from succession import Series, series
-from transfer import following, given_to, needs_focus, right, rows_of
+from transfer import consistent, following, given_to, needs_focus, right, rows_of
 
 COUNTS = [1, 10, 50, 100, 250]
 METHODS = ["star", "sgd", "lora", "memit", "alphaedit"]
@@ -128,7 +128,7 @@ def task_subject(base, tokenizer, given: argparse.Namespace, task: str) -> Subje
 
 def facts_subject(base, tokenizer, given: argparse.Namespace) -> Subject:
     """The first facts of a file, their rephrased prompts and their neighbours."""
-    facts = read_jsonl(given.facts)[: max(given.counts)]
+    facts = consistent(read_jsonl(given.facts))[: max(given.counts)]
     if len(facts) < max(given.counts):
         raise SystemExit(f"{given.facts} holds {len(facts)} facts; ask for no more of them (--counts).")
 

@@ -66,6 +66,14 @@ def rows_of(facts: Sequence[Row], prompt: str = "prompt") -> list[Row]:
     return [{"prompt": fact[prompt], "completion": f" {fact['target_new']}"} for fact in facts]
 
 
+def consistent(facts: Sequence[Row]) -> list[Row]:
+    """The first fact of each prompt: two objects of one cannot both be said."""
+    first: dict[str, Row] = {}
+    for fact in facts:
+        first.setdefault(fact["prompt"], fact)
+    return list(first.values())
+
+
 def given_to(method: Method, facts: Sequence[Row], focus: bool) -> list[Row]:
     """What a method is to repair: with the subject as `focus` only where it reads that column."""
     rows = rows_of(facts)
@@ -139,7 +147,7 @@ def units(study: Study, given: argparse.Namespace) -> Iterator[tuple[str, Callab
     methods = {name: parse_method(name) for name in given.methods}
     first, last = given.rows or (0, None)
     facts = read_jsonl(given.facts)[first:last] if given.facts else []
-    groups = [facts] if given.together and facts else [[fact] for fact in facts]
+    groups = [consistent(facts)] if given.together and facts else [[fact] for fact in facts]
     for number, group in enumerate(groups, start=first):
         for name, method in methods.items():
             name = f"{name}, with focus" if given.focus and isinstance(method, TAKES_FOCUS) else name

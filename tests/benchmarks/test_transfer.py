@@ -246,3 +246,8 @@ def test_the_subject_goes_where_it_is_read():
         assert [row["focus"] for row in transfer.given_to(method, FACTS, focus)] == ["the cat", "my dog"]
     for method, focus in ((star, False), (lora, True)):
         assert [set(row) for row in transfer.given_to(method, FACTS, focus)] == [{"prompt", "completion"}] * 2
+
+
+def test_of_facts_that_contradict_each_other_the_first_is_taken():
+    facts = [{"prompt": prompt, "target_new": new} for prompt, new in (("a", "1"), ("b", "2"), ("a", "3"), ("c", "4"))]
+    assert transfer.consistent(facts) == [facts[0], facts[1], facts[3]]
