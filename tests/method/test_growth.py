@@ -66,7 +66,7 @@ def test_of_rows_that_share_tokens_these_grow_and_of_others_all():
         ([0.5, 0.5, 0.5], 2.0, 1.0),
         # a quarter: −1 is left, and as much again would do it
         ([0.25, 0.25, 0.25], 2.0, 2.0),
-        # every second row of those that share is enough, and the lower half of an even number
+        # three in four rows are enough, rounded down
         ([0.25, 0.5, 0.0], 2.0, 2.0),
         ([0.5, -0.1, 0.0], 2.0, float("inf")),
         ([0.0, 0.0, 0.0], 2.0, float("inf")),

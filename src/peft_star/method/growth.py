@@ -23,6 +23,10 @@ from .trace import Trace
 
 # by which factors a patch grows, as long as nobody beside the failures is disturbed
 GROWTH = (1.25, 1.6, 2.0, 2.5, 3.0)
+# the share of rows that the others are to solve, rounded down
+MOST = 0.75
+# how many times a word beside the failures may lose what it may otherwise: for every two rows, at most
+PATIENCE = 2.0
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Growth:
         return len({self.rows[slot] for slot in self.recurring})
 
     def needed(self, before: Predictions, now: Predictions) -> float:
-        """The factor with which the pushes of the others would solve what recurs, in every second row that has
+        """The factor with which the pushes of the others would solve what recurs in `MOST` of the rows that have
         something that does; infinite where they would not, or where nothing recurs.
 
         A token's gap is taken to follow the pushes of other rows as it has followed all of them.
@@ -91,7 +95,7 @@ class Growth:
             row = self.rows[slot]
             wanting[row] = max(float(factors[slot]), wanting.get(row, 1.0))
         ranked = sorted(wanting.values())
-        return ranked[(len(ranked) - 1) // 2] if ranked else float("inf")
+        return ranked[int(MOST * len(ranked)) - 1] if ranked else float("inf")
 
 
 @torch.no_grad()
@@ -144,7 +148,7 @@ def grow(
             put(whole, factor)
     if factor < needed <= max(GROWTH, default=0):
         put(whole, 1)
-        beside = bystanders.as_now(run.engine, growth.witnesses / 2)
+        beside = bystanders.as_now(run.engine, min(growth.witnesses / 2, PATIENCE))
         if largest(growth.changes, [*(step for step in GROWTH if step < needed), needed], beside) > factor:
             return seen()
         put(whole, factor)
