@@ -196,10 +196,22 @@ def test_a_repair_that_may_patch_more_of_a_layer_hears_the_base_anew(tokenizer):
         model.unload()
 
 
+def test_repairs_of_other_layers_that_take_turns_hear_the_base_once_each(tokenizer, monkeypatch):
+    base, listened = decided(), []
+    listen = gate.hear
+    monkeypatch.setattr(gate, "hear", lambda *args: listened.append(count) or listen(*args))
+    for count in (1, 2, 1, 2, 3, 2, 1):
+        model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_layers=count, num_neurons=8))
+        repair(model, tokenizer, ROWS, RepairArguments(**QUIET, max_harm=1.0))
+        model.unload()
+    # as a third is heard the first is forgotten
+    assert listened == [1, 2, 3, 1] and len(gate._VOICES[base]) == 2
+
+
 def test_texts_are_measured_in_small_batches(tokenizer, monkeypatch):
     monkeypatch.setattr(gate, "BATCH_TOKENS", 8)
     model, report = run(tokenizer, max_harm=1.0)
-    heard = gate._VOICES[model.base_model.model][1]
+    ((heard, _),) = gate._VOICES[model.base_model.model].values()
     assert len(heard) == report.harm["texts"] == 5 and all(len(batch.input_ids) == 1 for batch in heard)
 
 

@@ -29,7 +29,10 @@ ROUNDS = 4
 # what is aimed at, as a share of the limit: what a row costs is an estimate
 AIM = 0.8
 
-_VOICES: WeakKeyDictionary[nn.Module, tuple[tuple, dict[Batch, Heard], Replay]] = WeakKeyDictionary()
+# of a model what the last kinds of repairs have heard: two may take turns
+VOICES = 2
+Voice = tuple[dict[Batch, Heard], Replay]
+_VOICES: WeakKeyDictionary[nn.Module, dict[tuple, Voice]] = WeakKeyDictionary()
 
 Patch = Callable[[Run, Case, Seen, Trace | None], Seen]
 
@@ -140,19 +143,22 @@ def measure(run: Run) -> TextsHarm:
     return texts_harm(replace(run.engine, replay=nullcontext if below else replay), heard)
 
 
-def _voice(run: Run) -> tuple[dict[Batch, Heard], Replay]:
+def _voice(run: Run) -> Voice:
     """What the base says in those of its own texts that no patch is solved by, and what its lower layers do there;
-    found out once for each model."""
+    found out once for each model and the layers that may be patched."""
     model, (lowest, changing) = run.subject.base, run.subject.lowest
     key = run.subject.fingerprint, lowest, changing, run.args.max_batch_tokens
-    if model in _VOICES and _VOICES[model][0] == key:
-        return _VOICES[model][1:]
+    known = _VOICES.setdefault(model, {})
+    if key in known:
+        return known[key]
     replay, texts = Replay(model, lowest, changing=changing), run.own_texts().measured
     engine = replace(run.engine, replay=replay, max_batch_tokens=min(BATCH_TOKENS, run.args.max_batch_tokens))
     with run.subject.unpatched():
         heard = hear(engine, engine.batches(texts) if texts else [])
     if run.engine.team.size == 1:  # who has which batch is dealt out anew in each repair
-        _VOICES[model] = key, heard, replay
+        known[key] = heard, replay
+        for old in list(known)[:-VOICES]:
+            del known[old]
     return heard, replay
 
 
