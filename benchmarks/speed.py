@@ -7,12 +7,14 @@ by the margin and nothing broken, or the method's limit of steps; what they solv
 methods and the floor take turns on each row, and who begins changes with every turn. MINT knows one mode, `single`;
 the others run in the mode of `--arguments` (`multiple`, unless it says otherwise).
 
-What is timed is `repair()` with `verify_generation=False` and `serve=()`, unless `--arguments` says otherwise, and
-what the other methods do between making room for the patch and taking it off. Making room (`get_peft_model`, or
-copying weights) and taking off are listed on their own, and so is what belongs to a model and not to a repair (the
-head's semantic bases, activations on background text, the check that layers can be replayed): the first repair of a
-model less a second repair of the same row. `PEFT_STAR_CACHE=0` keeps the bases of a large head from being read from an
-earlier run's file.
+What is timed is `repair()` with `verify_generation=False` and `serve=()`, unless `--arguments` says otherwise
+(`--arguments '{"serve": ["base"], "verify_generation": null}'`: at its defaults), and what the other methods do
+between making room for the patch and taking it off. How long it takes to find the patch, without a look at what it
+does, is told beside it: the phases from trace to patch. Making room (`get_peft_model`, or copying weights) and taking
+off are listed on their own, and so is what belongs to a model and not to a repair (the head's semantic bases,
+activations on background text, the check that layers can be replayed): the first repair of a model less a second
+repair of the same row. `PEFT_STAR_CACHE=0` keeps the bases of a large head from being read from an earlier run's
+file.
 
 The floor of a row is one full forward-backward and one full forward of the row alone, tokenised before. Full
 forward-backward: a forward through all layers with logits at the completion's tokens, the cross entropy summed over

@@ -12,6 +12,7 @@ import transformers
 from accelerate import cpu_offload, dispatch_model
 from peft import get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_star import StarConfig
 from peft_star.engine.batch import make_batches
@@ -19,6 +20,7 @@ from peft_star.engine.passes import completion_logits
 from peft_star.engine.replay import Replay, replays_exactly
 from peft_star.failures import Row
 from peft_star.models.structure import find_decoder_layers
+from peft_star.tuner.layer import star_layers
 from support import tiny_models
 from support.modules import hooks
 from support.tiny_models import MODELS, tiny_llama
@@ -97,6 +99,46 @@ def test_logits_and_gradients_are_bit_equal(name, lowest):
     calls = [Calls(model.get_submodule(layer)) for layer in names]
     assert same(logits_and_gradients(model, inputs, replay(inputs)), full)
     assert [call.count > 0 for call in calls] == [index >= lowest for index in range(tiny.layers)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_front_of_what_changes_the_lowest_layer_is_replayed_bit_for_bit(name):
+    tiny = MODELS[name]
+    config = StarConfig(num_neurons=5, init_weights=False, target_modules=tiny.names[1:])
+    model = get_peft_model(tiny.build(), config).eval()
+    inputs, lowest = Inputs(tiny_models.tokens(2, 9)), layer_names(model)[1]
+    changing = [name for name in star_layers(model) if name.startswith(f"{lowest}.")]
+    assert len(changing) == 1
+    full = logits_and_gradients(model, inputs, nullcontext())
+    layers_alone, replay = Replay(model, lowest), Replay(model, lowest, changing=changing)
+    for one in (layers_alone, replay):
+        assert same(logits_and_gradients(model, inputs, one(inputs)), full)
+    assert replay.nbytes > layers_alone.nbytes
+    # nothing reads the matrices in front of the first that changes
+    second = model.get_submodule(changing[0])
+    before = [m for m in model.get_submodule(lowest).modules() if isinstance(m, (nn.Linear, Conv1D))]
+    before = before[: next(index for index, m in enumerate(before) if m in set(second.modules()))]
+    assert before
+    with torch.no_grad():
+        for module in before:
+            module.weight.fill_(torch.nan)
+    assert same(logits_and_gradients(model, inputs, replay(inputs)), full)
+
+
+def test_a_change_further_up_in_the_lowest_layer_is_seen():
+    """Of two modules that change, what lies between them is computed anew."""
+    model, lowest = tiny_llama(), "model.layers.1"
+    inputs = Inputs(tiny_models.tokens())
+    changing = [f"{lowest}.self_attn.o_proj", f"{lowest}.mlp.down_proj"]
+    config = StarConfig(num_neurons=5, init_weights=False, target_modules=changing)
+    model = get_peft_model(model, config).eval()
+    changing = [f"base_model.model.{name}" for name in changing]
+    replay = Replay(model, f"base_model.model.{lowest}", changing=changing)
+    logits(model, inputs, replay)
+    with torch.no_grad():
+        model.get_submodule(changing[0]).star_delta["default"].mul_(2)
+    full = logits(model, inputs)
+    assert torch.equal(logits(model, inputs, replay), full)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -181,6 +223,21 @@ def test_memory_stays_within_the_budget():
     assert calls.count == 0
     logits(model, second, replay)
     assert calls.count > 0
+
+
+def test_the_layers_below_have_room_before_what_the_lowest_computes():
+    model, inputs = tiny_llama(), [Inputs(tiny_models.tokens(2, 8, seed=seed)) for seed in range(2)]
+    lowest, changing = "model.layers.2", ["model.layers.2.mlp.down_proj"]
+    whole = Replay(model, lowest, changing=changing)
+    logits(model, inputs[0], whole)
+    hidden = 2 * 8 * 16 * 4
+    assert whole.nbytes > 2 * hidden
+    replay = Replay(model, lowest, max_bytes=2 * whole.nbytes, changing=changing)
+    sizes = []
+    for one in inputs:
+        logits(model, one, replay)
+        sizes.append(replay.nbytes)
+    assert sizes[0] == whole.nbytes and hidden <= sizes[1] - sizes[0] < hidden + 16
 
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "dispatch", "disk"])

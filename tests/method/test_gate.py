@@ -6,16 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from peft_star import RepairArguments, repair
+from peft_star import RepairArguments, StarConfig, repair
 from peft_star.engine import own_texts as texts_module
 from peft_star.engine.engine import Engine
+from peft_star.evaluation import own_texts as harm_module
 from peft_star.evaluation.own_texts import Parting, TextsHarm, hear, texts_harm
 from peft_star.failures import Row
 from peft_star.method import gate
 from peft_star.method.gate import _costs, _most_rows
 from peft_star.method.subject import Subject
-from support.words import QUIET, ROWS, star, word_tokenizer
+from support.words import QUIET, ROWS, decided, star, word_tokenizer
 
 PROMPTS = [f"w{a} w{a + 7} w{a + 11}" for a in range(3, 43, 2)]
 
@@ -177,6 +179,49 @@ def test_a_second_repair_hears_the_base_not_the_patch(tokenizer):
     model, first = run(tokenizer, max_harm=1.0)
     again = repair(model, tokenizer, ROWS, RepairArguments(**QUIET, max_harm=1.0))
     assert again.harm == first.harm
+
+
+def test_a_repair_that_may_patch_more_of_a_layer_hears_the_base_anew(tokenizer):
+    """What was kept of the lowest layer for another repair is stale in front of what changes only now."""
+    base = decided()
+    for names in (["down_proj"], ["o_proj", "down_proj"]):
+        config = StarConfig(task_type="CAUSAL_LM", target_modules=names, num_layers=2, num_neurons=8)
+        model = get_peft_model(base, config)
+        report = repair(model, tokenizer, ROWS, RepairArguments(**QUIET, max_harm=1.0))
+        subject, engine = Subject.of(model, tokenizer, RepairArguments()), Engine(base)
+        assert subject.lowest[0] == "model.layers.1" and len(subject.lowest[1]) == len(names)
+        with subject.unpatched():
+            heard = hear(engine, engine.batches(texts_module.own_texts(engine, tokenizer).measured))
+        found = texts_harm(engine, heard)
+        assert found.kl > 0 and report.harm["kl"] == pytest.approx(found.kl, rel=1e-4)
+        model.unload()
+
+
+def test_repairs_of_other_layers_that_take_turns_hear_the_base_once_each(tokenizer, monkeypatch):
+    base, listened = decided(), []
+    listen = gate.hear
+    monkeypatch.setattr(gate, "hear", lambda *args: listened.append(count) or listen(*args))
+    for count in (1, 2, 1, 2, 3, 2, 1):
+        model = get_peft_model(base, StarConfig(task_type="CAUSAL_LM", num_layers=count, num_neurons=8))
+        repair(model, tokenizer, ROWS, RepairArguments(**QUIET, max_harm=1.0))
+        model.unload()
+    # as a third is heard the first is forgotten
+    assert listened == [1, 2, 3, 1] and len(gate._VOICES[base]) == 2
+
+
+def test_texts_are_measured_in_small_batches(tokenizer, monkeypatch):
+    monkeypatch.setattr(gate, "BATCH_TOKENS", 8)
+    model, report = run(tokenizer, max_harm=1.0)
+    ((heard, _),) = gate._VOICES[model.base_model.model].values()
+    assert len(heard) == report.harm["texts"] == 5 and all(len(batch.input_ids) == 1 for batch in heard)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_tokens_are_compared_a_few_at_a_time(rows, tokenizer, monkeypatch):
+    model, report = run(tokenizer, max_harm=1.0)
+    monkeypatch.setattr(harm_module, "ROWS", rows)
+    again = repair(model, tokenizer, ROWS, RepairArguments(**QUIET, max_harm=1.0))
+    assert again.harm == report.harm
 
 
 def test_what_is_kept_of_a_model_does_not_keep_it(tokenizer):

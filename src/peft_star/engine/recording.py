@@ -115,6 +115,19 @@ def skipped(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def forwarding(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let a module compute `forward` in place of its own, between its hooks."""
+    # what accelerate dispatches or offloads has a `forward` of its own already
+    own = {key: value for key, value in vars(module).items() if key == "forward"}
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        vars(module).update(own)
+
+
 class Places(Protocol):
     """Where logits are asked for: N positions, and the sequences that they are in."""
 

@@ -8,7 +8,7 @@ is substituted. So rotary embeddings, masks, and whatever else a model hands to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from torch import nn
 
 from ..models.inputs import embeddings_of
 from .distributed import spans_processes
+from .products import Products, recording_products, replaying_products
+from .recording import forwarding
 
 # a recorded batch takes rows x tokens x hidden width x bytes of the data type
 MAX_BYTES = 1 << 30
@@ -31,9 +33,11 @@ _EXACT: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 @dataclass
 class _Record:
-    """What the layers below returned, in order of depth; only the last one's hidden state is kept."""
+    """What the layers below returned, in order of depth; only the last one's hidden state is kept. And what the lowest
+    layer computes that does not change."""
 
     outputs: list[Any]
+    products: Products
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +48,7 @@ class _Record:
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        recursively_apply(measure, self.outputs)
+        recursively_apply(measure, [self.outputs, [output for _, output in self.products]])
         return sum(sizes.values())
 
 
@@ -94,6 +98,8 @@ class Replay:
         check: Whether to replay a short input first, to see that it is exact. A model and layer are checked once.
         caches: Replay also forwards that are given a cache. A replayed layer leaves its part of it as it is, so it is
             for the caller to know that no layer above reads that.
+        changing: Modules inside of `lowest`, by name, if nothing else changes there: what its matrices compute in
+            front of them is replayed as well, as far as that takes no more than half of `max_bytes`.
 
     Attributes:
         exact: Whether anything is recorded at all.
@@ -111,6 +117,7 @@ class Replay:
         *,
         check: bool = True,
         caches: bool = False,
+        changing: Sequence[str] = (),
     ):
         parent, _, key = lowest.rpartition(".")
         layers = dict(model.named_modules(remove_duplicate=False)).get(parent)
@@ -122,6 +129,7 @@ class Replay:
         self.max_bytes = max_bytes
         self._caches = caches
         self._lower = list(layers)[: list(layers._modules).index(key)]
+        self._lowest, self._changing = layers._modules[key], tuple(changing)
         self._records: WeakKeyDictionary[Any, _Record] = WeakKeyDictionary()
         self.exact = not check or replays_exactly(model, lowest)
 
@@ -199,14 +207,19 @@ class Replay:
         handles = [
             layer.register_forward_hook(hook_of(index), prepend=True) for index, layer in enumerate(self._lower)
         ]
+        changing = [self.model.get_submodule(name) for name in self._changing]
         try:
-            yield
+            with recording_products(self._lowest, changing) as products:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-        record = _Record(outputs)
+        record, before = _Record(outputs, products), self.nbytes
+        # most is won by the layers below: these are to have room first
+        if before + record.nbytes > self.max_bytes / 2:
+            products.clear()
         # a layer that runs twice or out of order returns more than one thing
-        if called == list(range(len(self._lower))) and self.nbytes + record.nbytes <= self.max_bytes:
+        if called == list(range(len(self._lower))) and before + record.nbytes <= self.max_bytes:
             self._records[batch] = record
 
     @contextmanager
@@ -216,11 +229,8 @@ class Replay:
         forwards.append(lambda *args, **kwargs: _map_hidden(_copy, last))
         with ExitStack() as stack:
             for layer, forward in zip(self._lower, forwards):
-                # what accelerate dispatches or offloads has a `forward` of its own already
-                own = {key: value for key, value in vars(layer).items() if key == "forward"}
-                layer.forward = forward
-                stack.callback(vars(layer).update, own)
-                stack.callback(vars(layer).pop, "forward")
+                stack.enter_context(forwarding(layer, forward))
+            stack.enter_context(replaying_products(record.products))
             yield
 
 

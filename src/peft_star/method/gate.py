@@ -19,7 +19,7 @@ from torch import nn
 
 from ..engine.batch import Batch, completion_offsets
 from ..engine.replay import Replay
-from ..evaluation.own_texts import Heard, TextsHarm, hear, texts_harm
+from ..evaluation.own_texts import BATCH_TOKENS, Heard, TextsHarm, hear, texts_harm
 from .subject import Run
 from .trace import Trace, trace
 from .unfinished import AdapterState
@@ -30,7 +30,10 @@ ROUNDS = 4
 # what is aimed at, as a share of the limit: what a row costs is an estimate
 AIM = 0.8
 
-_VOICES: WeakKeyDictionary[nn.Module, tuple[tuple, dict[Batch, Heard], Replay]] = WeakKeyDictionary()
+# of a model what the last kinds of repairs have heard: two may take turns
+VOICES = 2
+Voice = tuple[dict[Batch, Heard], Replay]
+_VOICES: WeakKeyDictionary[nn.Module, dict[tuple, Voice]] = WeakKeyDictionary()
 
 Patch = Callable[[Run, Case, Seen, Trace | None], Seen]
 
@@ -162,18 +165,22 @@ def measure(run: Run) -> TextsHarm:
     return texts_harm(replace(run.engine, replay=nullcontext if below else replay), heard)
 
 
-def _voice(run: Run) -> tuple[dict[Batch, Heard], Replay]:
+def _voice(run: Run) -> Voice:
     """What the base says in those of its own texts that no patch is solved by, and what its lower layers do there;
-    found out once for each model."""
-    model, lowest = run.subject.base, next(iter(run.subject.decoder_layers))
-    key = run.subject.fingerprint, lowest, run.args.max_batch_tokens
-    if model in _VOICES and _VOICES[model][0] == key:
-        return _VOICES[model][1:]
-    replay, texts = Replay(model, lowest), run.own_texts().measured
+    found out once for each model and the layers that may be patched."""
+    model, (lowest, changing) = run.subject.base, run.subject.lowest
+    key = run.subject.fingerprint, lowest, changing, run.args.max_batch_tokens
+    known = _VOICES.setdefault(model, {})
+    if key in known:
+        return known[key]
+    replay, texts = Replay(model, lowest, changing=changing), run.own_texts().measured
+    engine = replace(run.engine, replay=replay, max_batch_tokens=min(BATCH_TOKENS, run.args.max_batch_tokens))
     with run.subject.unpatched():
-        heard = hear(replace(run.engine, replay=replay), run.engine.batches(texts) if texts else [])
+        heard = hear(engine, engine.batches(texts) if texts else [])
     if run.engine.team.size == 1:  # who has which batch is dealt out anew in each repair
-        _VOICES[model] = key, heard, replay
+        known[key] = heard, replay
+        for old in list(known)[:-VOICES]:
+            del known[old]
     return heard, replay
 
 

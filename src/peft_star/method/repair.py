@@ -208,8 +208,9 @@ def _running(subject: Subject, args: RepairArguments, journal: Journal, rows: An
 
 
 def _replay(subject: Subject) -> Replay:
-    """Of what lies below the layers that may be patched."""
-    return Replay(subject.base, next(iter(subject.decoder_layers)))
+    """Of what lies below the modules that may be patched."""
+    lowest, changing = subject.lowest
+    return Replay(subject.base, lowest, changing=changing)
 
 
 def _serving(run: Run) -> Serving:

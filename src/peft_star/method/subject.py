@@ -114,6 +114,12 @@ class Subject:
     def config(self) -> StarConfig:
         return self.model.base_model.peft_config[self.adapter]
 
+    @property
+    def lowest(self) -> tuple[str, tuple[str, ...]]:
+        """The lowest decoder layer that may be patched, and the modules in it that may be."""
+        lowest = next(iter(self.decoder_layers))
+        return lowest, tuple(name for name, layer in self.decoder_of.items() if layer == lowest)
+
     @cached_property
     def bases(self) -> SemanticBases:
         """The LM head's semantic bases, factored when they are first asked for."""
