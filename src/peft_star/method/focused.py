@@ -77,7 +77,7 @@ def patch(
         unpatched = band.at_sites(named)
         layers = run.subject.hold(band.locate(unpatched[0], protection))
     deltas = [layer.delta for layer in layers]
-    starts = [delta.detach().clone() for delta in deltas]
+    origins = [delta.detach().clone() for delta in deltas]
     with run.journal.phase("patch", ROUNDS), keeping_best(deltas, goal.task, goal.before, run.journal) as best:
         least, costs = goal.task.wanting(goal.before).sum(), torch.zeros(len(torch.cat(found)), dtype=torch.float64)
         for step in range(1, ROUNDS + 1):
@@ -93,10 +93,10 @@ def patch(
     if best.score is None:
         _warn(run, named, "A push at the focus did not help, so the failing tokens were pushed instead.")
         return None
-    astray = _astray(run, named, deltas, starts)
+    astray = _astray(run, named, deltas, origins)
     if astray:
         # without these, what is left of the others' push is another one
-        _put(deltas, starts)
+        _put(deltas, origins)
         rest = [replace(row, focus=(), focus_starts=()) if row.index in astray else row for row in rows]
         return patch(run, goal, rest, retained, how)
     for one, cost in zip(named, costs.split([one.site.size for one in named])):
@@ -107,7 +107,7 @@ def patch(
 
 
 def _astray(
-    run: Run, named: Sequence[Named], deltas: Sequence[torch.Tensor], starts: Sequence[torch.Tensor]
+    run: Run, named: Sequence[Named], deltas: Sequence[torch.Tensor], origins: Sequence[torch.Tensor]
 ) -> set[int]:
     """The rows, by index, whose pushes answer to other names, too; of these, and of those that answer behind no other
     text, a warning says so."""
@@ -115,7 +115,7 @@ def _astray(
     @contextmanager
     def without() -> Iterator[None]:
         pushed = [delta.detach().clone() for delta in deltas]
-        _put(deltas, starts)
+        _put(deltas, origins)
         try:
             yield
         finally:
