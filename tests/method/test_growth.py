@@ -30,7 +30,7 @@ def growing(rows, expected, problems=None):
         rows=lambda: [Row(row, "", "", (0,), (0,), problem=problem) for row, problem in zip(rows, problems)],
         predictions=told([-1.0] * len(rows), expected),
     )
-    return Growth.of([HeldLayer("layer", nn.Parameter(torch.zeros(1, 2)), torch.tensor([0]))], traced)
+    return Growth.of([HeldLayer("layer", nn.Parameter(torch.zeros(1, 2)), torch.tensor([0]))], traced, None)
 
 
 def told(gaps, expected=None):

@@ -23,7 +23,7 @@ from ..models.names import plain_name
 from ..tuner.layer import count_of
 from .background import background_activations, floor_of
 from .history import earlier_keys
-from .namesakes import namesakes
+from .namesakes import namesakes, put_in_front
 from .sensitivity import effects, read_states
 from .subject import HeldLayer, Run
 from .targets import Site
@@ -59,14 +59,12 @@ class Named:
     def of(cls, run: Run, row: Row, slots: slice) -> Named:
         """A row's focus, with each of the texts in front of it."""
         tokenizer = run.subject.tokenizer
-        begin = 1 if row.prompt_ids[0] == tokenizer.bos_token_id else 0
         rows: list[Row] = []
         positions = []
         for text in FRONT:
-            front = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
-            ids = row.prompt_ids[:begin] + front + row.prompt_ids[begin:]
+            ids = put_in_front(row.prompt_ids, text, tokenizer)
             rows.append(Row(len(rows), "", "", ids, row.completion_ids))
-            positions.append(tuple(last + len(front) for last in row.focus))
+            positions.append(tuple(last + len(ids) - len(row.prompt_ids) for last in row.focus))
         return cls(row, Site(tuple(rows), tuple(positions)), slots)
 
     @property

@@ -61,6 +61,11 @@ def keeping_best(deltas: Sequence[nn.Parameter], task: Task, start: Predictions,
     try:
         yield best
     finally:
-        with torch.no_grad():
-            for delta, kept in zip(deltas, best.kept):
-                delta.copy_(kept)
+        put(deltas, best.kept)
+
+
+@torch.no_grad()
+def put(deltas: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    """Make the deltas hold these values."""
+    for delta, value in zip(deltas, values):
+        delta.copy_(value)

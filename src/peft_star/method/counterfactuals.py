@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..engine.engine import Engine
 from ..engine.passes import teacher_forced
 from ..failures import Row
-from .namesakes import put_in_place, strangers
+from .namesakes import put_in_front, put_in_place, strangers
 
 # other names that are tried in a focus's place, none of those that a push is kept from
 NAMES = 4
@@ -68,7 +68,9 @@ def look(
     """
     others = strangers(rows, tokenizer)
     swapped = {row.index: list(_swapped(row, number, others, tokenizer)) for number, row in enumerate(rows)}
-    behind = {row.index: [_behind(row, text, tokenizer) for text in fronts] for row in rows}
+    behind = {
+        row.index: [_unnamed(row, put_in_front(row.prompt_ids, text, tokenizer)) for text in fronts] for row in rows
+    }
     said = _said(engine, [prompt for part in (*swapped.values(), *behind.values()) for prompt in part])
     taken = {prompt for part in swapped.values() for prompt in part if prompt in said}
     if taken:
@@ -86,15 +88,12 @@ def _swapped(row: Row, number: int, others: Sequence[str], tokenizer) -> Iterato
         name, ids = others[(NAMES * number + place) % len(others)], row.prompt_ids
         for start, last in reversed(list(zip(row.focus_starts, row.focus))):
             ids = put_in_place(ids, start, name, tokenizer) + ids[last + 1 :]
-        yield replace(row, prompt_ids=ids, focus=(), focus_starts=())
+        yield _unnamed(row, ids)
 
 
-def _behind(row: Row, text: str, tokenizer) -> Row:
-    """The row with this text in front."""
-    begin = 1 if row.prompt_ids[0] == tokenizer.bos_token_id else 0
-    front = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = row.prompt_ids[:begin] + front + row.prompt_ids[begin:]
-    return replace(row, prompt_ids=ids, focus=(), focus_starts=())
+def _unnamed(row: Row, prompt_ids: tuple[int, ...]) -> Row:
+    """The row with another prompt, in which no focus is named."""
+    return replace(row, prompt_ids=prompt_ids, focus=(), focus_starts=())
 
 
 def _said(engine: Engine, prompts: Sequence[Row]) -> set[Row]:

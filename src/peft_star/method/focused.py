@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from ..engine.batch import completion_offsets
 from ..engine.predictions import Predictions
@@ -21,7 +22,7 @@ from ..failures import Row
 from ..models import structure
 from . import counterfactuals
 from .band import FRONT, Band, Named
-from .best import keeping_best
+from .best import keeping_best, put
 from .objective import Goal
 from .subject import Run
 from .targets import find_targets
@@ -96,7 +97,7 @@ def patch(
     astray = _astray(run, named, deltas, origins)
     if astray:
         # without these, what is left of the others' push is another one
-        _put(deltas, origins)
+        put(deltas, origins)
         rest = [replace(row, focus=(), focus_starts=()) if row.index in astray else row for row in rows]
         return patch(run, goal, rest, retained, how)
     for one, cost in zip(named, costs.split([one.site.size for one in named])):
@@ -107,7 +108,7 @@ def patch(
 
 
 def _astray(
-    run: Run, named: Sequence[Named], deltas: Sequence[torch.Tensor], origins: Sequence[torch.Tensor]
+    run: Run, named: Sequence[Named], deltas: Sequence[nn.Parameter], origins: Sequence[torch.Tensor]
 ) -> set[int]:
     """The rows, by index, whose pushes answer to other names, too; of these, and of those that answer behind no other
     text, a warning says so."""
@@ -115,11 +116,11 @@ def _astray(
     @contextmanager
     def without() -> Iterator[None]:
         pushed = [delta.detach().clone() for delta in deltas]
-        _put(deltas, origins)
+        put(deltas, origins)
         try:
             yield
         finally:
-            _put(deltas, pushed)
+            put(deltas, pushed)
 
     rows = [one.row for one in named]
     verdicts = counterfactuals.look(run.engine, rows, run.subject.tokenizer, FRONT[1 : 1 + ASKED], without)
@@ -135,13 +136,6 @@ def _astray(
         elif found.bound:
             _warn(run, [one], "Behind other text the push at the focus does not hold: it answers to its place, too.")
     return {index for index, found in verdicts.items() if found.astray}
-
-
-@torch.no_grad()
-def _put(deltas: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Make the deltas hold these values."""
-    for delta, value in zip(deltas, values):
-        delta.copy_(value)
 
 
 def _warn(run: Run, named: Sequence[Named], sentence: str) -> None:

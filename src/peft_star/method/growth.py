@@ -34,6 +34,8 @@ class Growth:
     """Which pushes of a patch grow, and what the rows tell of each other.
 
     Attributes:
+        bystanders: What is not to be disturbed.
+        origins: The deltas before the patch.
         rows: By a failing token's slot its row.
         recurring: Slots of failing tokens that a failing token of another row of their problem wants to be, too.
         changes: Per layer what the pushes that grow have added to the delta, shape (k, d).
@@ -41,14 +43,16 @@ class Growth:
             the token's row, and by how much those of them had that grow; to first order, float64, shape (3, S).
     """
 
+    bystanders: Bystanders
+    origins: list[torch.Tensor]
     rows: dict[int, Row]
     recurring: set[int]
     changes: list[torch.Tensor]
     gains: torch.Tensor
 
     @classmethod
-    def of(cls, layers: Sequence[HeldLayer], traced: Trace) -> Growth:
-        """That of the failures of the first trace."""
+    def of(cls, layers: Sequence[HeldLayer], traced: Trace, bystanders: Bystanders) -> Growth:
+        """That of the failures of the first trace, before anything is pushed."""
         slots, rows = traced.medium.tolist(), traced.rows()
         keys = [(row.problem, token) for row, token in zip(rows, traced.predictions.expected[traced.medium].tolist())]
         found: dict[tuple, set[Row]] = {}
@@ -56,7 +60,8 @@ class Growth:
             found.setdefault(key, set()).add(row)
         recurring = {slot for slot, key in zip(slots, keys) if len(found[key]) > 1}
         gains = torch.zeros(3, len(traced.predictions.gap), dtype=torch.float64)
-        return cls(dict(zip(slots, rows)), recurring, [torch.zeros_like(layer.delta) for layer in layers], gains)
+        origins = [layer.delta.detach().clone() for layer in layers]
+        return cls(bystanders, origins, dict(zip(slots, rows)), recurring, list(map(torch.zeros_like, origins)), gains)
 
     def add(self, pushes: Sequence[Push], replies: Replies, strengths: torch.Tensor, slots: torch.Tensor) -> None:
         """The tokens in these slots (n) have been pushed with these strengths (n)."""
@@ -99,28 +104,19 @@ class Growth:
 
 
 @torch.no_grad()
-def grow(
-    run: Run,
-    goal: Goal,
-    layers: Sequence[HeldLayer],
-    origins: Sequence[torch.Tensor],
-    growth: Growth,
-    bystanders: Bystanders,
-    here: Predictions,
-) -> Predictions:
+def grow(run: Run, goal: Goal, layers: Sequence[HeldLayer], growth: Growth, here: Predictions) -> Predictions:
     """Let a patch that does its task grow: as a whole by the largest factor of `GROWTH` with which it disturbs no word
     beside the failures, if that leaves the task done. Where that is less than the rows need of each other (see
     [`Growth.needed`]), what recurs in them grows instead, as long as that disturbs no word more than it did.
 
     Args:
-        origins: The deltas before the patch.
         here: What the model says with the patch.
 
     Returns:
         What it says then; what recurs may have grown at the cost of the rows' other tokens.
     """
     starts = [layer.delta.detach().clone() for layer in layers]
-    whole = [start - origin for start, origin in zip(starts, origins)]
+    whole = [start - origin for start, origin in zip(starts, growth.origins)]
 
     def put(changes: Sequence[torch.Tensor], factor: float) -> None:
         for layer, start, change in zip(layers, starts, changes):
@@ -140,7 +136,7 @@ def grow(
         now, _ = goal.look(run.engine)
         return goal.look_at_the_rest(run.engine, now)[0]
 
-    needed, factor, now = growth.needed(goal.before, here), largest(whole, GROWTH, bystanders), here
+    needed, factor, now = growth.needed(goal.before, here), largest(whole, GROWTH, growth.bystanders), here
     if factor > 1:
         now = seen()
         if not goal.task.done(now):
@@ -148,7 +144,7 @@ def grow(
             put(whole, factor)
     if factor < needed <= max(GROWTH, default=0):
         put(whole, 1)
-        beside = bystanders.as_now(run.engine, min(growth.witnesses / 2, PATIENCE))
+        beside = growth.bystanders.as_now(run.engine, min(growth.witnesses / 2, PATIENCE))
         if largest(growth.changes, [*(step for step in GROWTH if step < needed), needed], beside) > factor:
             return seen()
         put(whole, factor)

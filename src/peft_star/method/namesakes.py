@@ -59,3 +59,10 @@ def put_in_place(ids: tuple[int, ...], start: int, text: str, tokenizer) -> tupl
     # a word's token holds the space in front of it
     space = " " if tokenizer.decode([ids[start]])[:1].isspace() else ""
     return ids[:start] + tuple(tokenizer(space + text, add_special_tokens=False)["input_ids"])
+
+
+def put_in_front(ids: tuple[int, ...], text: str, tokenizer) -> tuple[int, ...]:
+    """A prompt's tokens behind another text, which stands behind what opens every prompt."""
+    begin = 1 if ids[0] == tokenizer.bos_token_id else 0
+    front = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+    return ids[:begin] + front + ids[begin:]

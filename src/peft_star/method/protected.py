@@ -95,11 +95,11 @@ def patch(
     searched up to `learning_rate * LIMIT * (1 + ridge)`. Retained rows are looked at when all seems done; those that
     broke are watched from then on.
     """
-    origins = [layer.delta.detach().clone() for layer in layers]
-    growth = None if protection.bystanders is None else Growth.of(layers, traced)
-    grown = False
+    growth = None if protection.bystanders is None else Growth.of(layers, traced, protection.bystanders)
+    shared_steps = SHARED_STEPS
     for step in range(1, run.args.max_steps + 1):
-        pushes, replies = make_pushes(run, layers, protection, traced, step <= SHARED_STEPS and not grown)
+        foretold = growth is not None and bool(growth.recurring)
+        pushes, replies = make_pushes(run, layers, protection, traced, step <= shared_steps, foretold)
         strengths, here, loss = search_strengths(
             partial(_look, run.engine, goal, pushes),
             traced.predictions,
@@ -110,16 +110,18 @@ def patch(
         )
         for push in pushes:
             push(strengths)
-        if growth is not None and not grown:
+        if growth is not None:
             growth.add(pushes, replies, strengths, traced.medium)
         _estimate_costs(run, protection, pushes, strengths, traced.medium)
         if goal.task.done(here):
             here, broken = goal.look_at_the_rest(run.engine, here)
             goal = goal.watching(broken)
         best.offer(step, here, loss)
-        if goal.task.done(here) and growth is not None and protection.bystanders is not None and not grown:
-            grown, here = True, grow(run, goal, layers, origins, growth, protection.bystanders, here)
+        if goal.task.done(here) and growth is not None:
+            here = grow(run, goal, layers, growth, here)
             best.keep(here)
+            # it grows once; what broke by that is pushed for itself
+            growth, shared_steps = None, 0
         if goal.task.done(here):
             return
         # gaps that cannot be had are not worth all of the steps

@@ -64,7 +64,8 @@ class Replies:
     Attributes:
         ridge: With which the pushes were solved.
         descent: By how much each lowers its own token's cross entropy, if the token answers to it whole, shape (n).
-        own: By how much push j (columns) lowers the cross entropy at token i (rows), float64, shape (n, n).
+        own: By how much push j (columns) lowers the cross entropy at token i (rows), float64, shape (n, n); zero
+            where nobody asks.
         held_out: The same, had the pushes been solved without i's row, float64, shape (n, n).
     """
 
@@ -81,12 +82,13 @@ class Replies:
 
 
 def make_pushes(
-    run: Run, layers: Sequence[HeldLayer], protection: Protection, traced: Trace, shared: bool
+    run: Run, layers: Sequence[HeldLayer], protection: Protection, traced: Trace, shared: bool, foretold: bool
 ) -> tuple[list[Push], Replies]:
     """Every layer's push at the deltas as they are, and what each does to the failures.
 
     Args:
         shared: Whether failures are pushed by what they have in common, those of each problem told from the others'.
+        foretold: Whether it is asked what each push does to every failure, and would without the failure's row.
     """
     args, subject, rows = run.args, run.subject, traced.rows()
     numbers = {row: number for number, row in enumerate(dict.fromkeys(rows))}
@@ -107,9 +109,9 @@ def make_pushes(
             contexts = traced.contexts(layer.name, layer.neurons).to(gradient.device)
         answer = answers_by_problem(activations, factor, ridge, problems, contexts, args.generalization)
         pushes.append(Push(layer.delta, layer.delta.detach().clone(), answer, targets))
-        slopes = -(gradient @ targets.T)
-        replies.descent += slopes.diagonal().float().cpu()
-        if protection.bystanders is not None:
+        replies.descent -= (gradient * targets).sum(dim=1).float().cpu()
+        if foretold:
+            slopes = -(gradient @ targets.T)
             replies.own += (slopes * (activations.double() @ answer)).cpu()
             held_out = held_out_answers(activations, factor, ridge, problems, [numbers[row] for row in rows])
             replies.held_out += (slopes * held_out).cpu()
